@@ -1,0 +1,147 @@
+"""The command line."""
+
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from spice_ray import workflow
+from spice_ray.config import load_recipe, load_sweep, recipe_names
+from spice_ray.console import ConsoleReporter, scores_table, seconds_table, trials_table
+from spice_ray.errors import SpiceError
+
+app = typer.Typer(
+    help="Cluster unlabelled images with SPICE on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Data = Annotated[
+    str, typer.Option(help="Image folder, Parquet file or folder of them, image shards, or the word digits.")
+]
+Out = Annotated[Path, typer.Option(help="Run folder; the same command again goes on where it stopped.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as num_clusters=20 or heads.count=5.")]
+FolderLabels = Annotated[
+    bool, typer.Option("--labels-from-folders", help="Score against the names of the images' folders.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show what Ray and its workers say.")]
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help=f"A YAML file, or one of {', '.join(recipe_names())}.")],
+    data: Data,
+    out: Out,
+    overrides: Overrides = None,
+    labels_from_folders: FolderLabels = False,
+    verbose: Verbose = False,
+) -> None:
+    """Cluster images: all three stages, from whatever is finished already."""
+    settings = load_recipe(recipe, overrides or [])
+    prepared = workflow.prepare(settings, data, out, labels_from_folders=labels_from_folders)
+    workflow.run(prepared, ConsoleReporter(), verbose=verbose)
+    _show_result(out)
+
+
+@app.command()
+def demo(out: Out = Path("runs/demo"), overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Cluster the bundled handwritten digits on this machine and show how well it went."""
+    prepared = workflow.prepare(load_recipe("digits", overrides or []), "digits", out)
+    workflow.run(prepared, ConsoleReporter(), verbose=verbose)
+    _show_result(out)
+
+
+@app.command()
+def ingest(
+    source: Annotated[str, typer.Argument(help="Image folder, Parquet file or folder of them, or the word digits.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the image shards.")],
+    size: Annotated[int, typer.Option(help="Side of the images in the shards, pixels.", min=8, max=1024)],
+    seed: Annotated[int, typer.Option(help="Decides the order of the rows.", min=0)] = 0,
+    labels_from_folders: FolderLabels = False,
+    verbose: Verbose = False,
+) -> None:
+    """Decode images once into shards that any number of runs can share."""
+    found = workflow.open_source(source, labels_from_folders)
+    shards = workflow.ingest(
+        found, out, image_size=size, seed=seed, reporter=ConsoleReporter(), verbose=verbose
+    )
+    typer.echo(f"{shards.manifest['num_images']} images in {shards.path}, {shards.manifest['num_rejects']} rejected")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Score a run against the labels of its data, beside k-means."""
+    from spice_ray.evaluate import evaluate as score
+    from rich.console import Console
+
+    result = score(run)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        Console().print(scores_table(result), seconds_table(result["seconds"]))
+
+
+@app.command()
+def tune(
+    sweep: Annotated[str, typer.Argument(help="A sweep's YAML, such as tune_configs/thresholds.yaml.")],
+    data: Data,
+    out: Out,
+    overrides: Overrides = None,
+    recipe: Annotated[str | None, typer.Option(help="Another recipe than the sweep's.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Sweep thresholds: stages 1 and 2 are done once, trials are ranked by the unsupervised loss."""
+    from rich.console import Console
+
+    settings = load_sweep(sweep)
+    prepared = workflow.prepare(load_recipe(recipe or settings.recipe, overrides or []), data, out)
+    name = Path(sweep).stem
+    rows = workflow.sweep(prepared, settings, name, ConsoleReporter(), verbose=verbose)
+    Console().print(trials_table(rows, list(settings.space)))
+    winner = ", ".join(f"{key}={value}" for key, value in rows[0]["values"].items())
+    typer.echo(f"winner: {winner}; its recipe and assignments are in {out / 'sweeps' / name}")
+
+
+def _show_result(out: Path) -> None:
+    """Cluster sizes, and scores where the data had labels."""
+    import pyarrow.parquet as pq
+    from rich.console import Console
+
+    from spice_ray.evaluate import evaluate as score
+    from spice_ray.storage import read_json
+
+    console = Console()
+    clusters = pq.read_table(out / "assignments.parquet", columns=["cluster"])["cluster"].to_pylist()
+    sizes = ", ".join(f"{cluster}: {count}" for cluster, count in sorted(Counter(clusters).items()))
+    console.print(f"cluster sizes of {len(clusters)} images: {sizes}", soft_wrap=True)
+    if read_json(out / "run.json")["artifacts"]["labels"] is not None:
+        console.print(scores_table(score(out)))
+    console.print(seconds_table(read_json(out / "timing.json")))
+    console.print(f"assignments: {out / 'assignments.parquet'}", soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; a user's error is one sentence and exit code 2."""
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except SpiceError as error:
+        typer.echo(f"spice-ray: {error}", err=True)
+        if "--verbose" in sys.argv:
+            raise
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        typer.echo("spice-ray: interrupted; the same command again goes on from here", err=True)
+        sys.stderr.flush()
+        os._exit(130)  # threads that wait for Ray would keep the process alive

@@ -1,0 +1,401 @@
+"""The settings of a run: one strict, frozen model per stage, and Scale, which says how and never what.
+
+A recipe is YAML, checked here before torch or Ray is imported; ``stage.key=value`` overrides any of it. Every field of
+the science takes part in the fingerprints of the artifacts it shapes; ``scale`` takes part in none.
+"""
+
+import difflib
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spice_ray.errors import ConfigError
+
+Precision = Literal["fp32", "bf16"]
+Optimizer = Literal["sgd", "adamw"]
+Views = Literal["natural", "digits", "none"]
+EncoderName = Literal[
+    "convnet", "resnet18_small", "resnet34_small", "resnet18", "resnet34", "wrn28_2", "wrn28_8"
+]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors and nothing changes after checking."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Image(Settings):
+    """What an image is to the encoder, and what a view may do to it."""
+
+    size: Annotated[int, Field(ge=8, le=1024)]
+    """Side of the square images in the shards, pixels."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    views: Views = "natural"
+    """natural: crops, flips and colour; digits: small distortions, never flipped or recoloured; none: no change."""
+
+
+class Pretrain(Settings):
+    """Stage 1, contrastive learning (paper III-A, eq. 1)."""
+
+    lanes: PositiveInt = 8
+    """G: the batch-norm groups a global batch is made of; a worker serves whole lanes."""
+    encoder: EncoderName = "resnet18_small"
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    """B: rows of a global batch, over all workers."""
+    queue_size: PositiveInt
+    """Q: negative keys, a multiple of ``batch_size`` and at most a quarter of the images."""
+    projection_dim: PositiveInt = 128
+    temperature: PositiveFloat
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    """m: share of the momentum encoder that stays at each step."""
+    symmetric: bool = False
+    optimizer: Optimizer = "sgd"
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat
+    warmup_epochs: NonNegativeFloat = 0
+    precision: Precision = "fp32"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _divides("pretrain.lanes", self.lanes, "pretrain.batch_size", self.batch_size)
+        if self.batch_size // self.lanes < 2:
+            raise ValueError(
+                f"pretrain.batch_size={self.batch_size} leaves fewer than 2 rows to each of pretrain.lanes={self.lanes} "
+                "batch-norm groups; raise the batch size or lower the lanes"
+            )
+        keys = self.batch_size * (2 if self.symmetric else 1)
+        _divides("pretrain.batch_size" + (" twice" if self.symmetric else ""), keys, "pretrain.queue_size",
+                 self.queue_size)
+        return self
+
+
+class Heads(Settings):
+    """Stage 2, prototype pseudo-labelling (paper III-B, eqs. 2-5)."""
+
+    count: PositiveInt = 10
+    epochs: PositiveInt
+    round_size: PositiveInt
+    """M: images labelled in one round; all of them where there are fewer."""
+    confident_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    assignment: Literal["overlap", "exclusive"] = "overlap"
+    repeats: PositiveInt = 8
+    batch_size: PositiveInt = 128
+    lr: PositiveFloat = 0.005
+    loss: Literal["double_softmax", "cross_entropy", "tempered"] = "double_softmax"
+    entropy_weight: NonNegativeFloat = 0
+    views: PositiveInt = 4
+    """Strong views of each image whose features are kept for the heads."""
+
+
+class Reliable(Settings):
+    """Reliable pseudo-labels (paper III-C, eqs. 6-7)."""
+
+    neighbors: PositiveInt | None = None
+    """Ns; none: N / (6 K), at least 10 and at most 100."""
+    min_consistency: Annotated[float, Field(ge=0, lt=1)]
+    """tau_c: a sample is reliable when a larger share of its neighbours has its label."""
+    min_confidence: Annotated[float, Field(ge=0, lt=1)] = 0
+    """A sample is reliable only when its head is surer than this; 0: no such gate."""
+    balance: Literal["none", "weights", "smallest"] = "none"
+    strict: bool = False
+
+
+class Joint(Settings):
+    """Stage 3, joint training (paper III-C, eqs. 8-9)."""
+
+    lanes: PositiveInt = 8
+    encoder: EncoderName | None = None
+    """Another encoder than stage 1's, only with ``init: scratch``."""
+    init: Literal["stage2", "scratch"] = "stage2"
+    steps: PositiveInt
+    labelled_batch: PositiveInt
+    unlabelled_ratio: PositiveInt = 7
+    """mu: unlabelled rows for each labelled one."""
+    confidence: Annotated[float, Field(ge=0, lt=1)]
+    """tau: a weak view's prediction surer than this becomes the label of the strong view."""
+    unlabelled_weight: NonNegativeFloat = 1
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    optimizer: Optimizer = "sgd"
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat
+    one_pass: bool = True
+    """Weak and strong views share batch-norm statistics; false: weak views of the unlabelled go first, alone."""
+    precision: Precision = "fp32"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _divides("joint.lanes", self.lanes, "joint.labelled_batch", self.labelled_batch)
+        if self.encoder is not None and self.init == "stage2":
+            raise ValueError(
+                f"joint.encoder={self.encoder} needs joint.init=scratch: stage 2's weights fit its own encoder alone"
+            )
+        return self
+
+
+class Scale(Settings):
+    """How the work is spread; no result depends on it beyond the order of summation."""
+
+    workers: PositiveInt = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    cpus_per_worker: PositiveInt = 1
+    head_actors: PositiveInt | None = None
+    """Actors that share the heads; none: one per head where the cluster has room, else one per free processor."""
+    head_gpus: Annotated[float, Field(ge=0)] = 0
+    checkpoint_seconds: PositiveFloat = 30
+    max_failures: Annotated[int, Field(ge=0)] = 3
+
+
+class Recipe(Settings):
+    """Everything that a run is made of."""
+
+    num_clusters: Annotated[int, Field(ge=2)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    protocol: Literal["whole", "split"] = "whole"
+    image: Image
+    pretrain: Pretrain
+    heads: Heads
+    reliable: Reliable
+    joint: Joint
+    scale: Scale = Scale()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for stage, lanes in (("pretrain", self.pretrain.lanes), ("joint", self.joint.lanes)):
+            _divides("scale.workers", self.scale.workers, f"{stage}.lanes", lanes)
+        if self.heads.round_size < self.num_clusters:
+            raise ValueError(
+                f"heads.round_size={self.heads.round_size} is smaller than num_clusters={self.num_clusters}; "
+                "a labelling round needs at least one image per cluster"
+            )
+        return self
+
+
+SpaceValue = int | float | str | bool | None
+
+
+class Sweep(Settings):
+    """A sweep over settings of the reliable pseudo-labels and of stage 3; stages 1 and 2 are shared by all trials."""
+
+    recipe: str
+    space: Annotated[dict[str, Annotated[list[SpaceValue], Field(min_length=1)]], Field(min_length=1)]
+    """For each setting, the values to try."""
+    search: Literal["grid", "random"] = "grid"
+    samples: PositiveInt | None = None
+    """Trials of a random search."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.search == "random") != (self.samples is not None):
+            raise ValueError("samples goes with search: random, and search: random needs samples")
+        for key in self.space:
+            check_key(key)
+            if key.partition(".")[0] not in SWEPT_SECTIONS:
+                raise ValueError(f"{key} is shared by all trials of a sweep; a sweep varies keys of "
+                                 f"{' and '.join(SWEPT_SECTIONS)}, such as joint.confidence")
+        return self
+
+
+SWEPT_SECTIONS = ("reliable", "joint")
+
+
+def load_sweep(file: str) -> Sweep:
+    """Read a sweep's YAML.
+
+    Raises:
+        ConfigError: It is missing, or something in it cannot be used.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"sweep file {file} does not exist; give a YAML file such as tune_configs/thresholds.yaml")
+    try:
+        return Sweep.model_validate(_read_yaml(path))
+    except ValidationError as error:
+        raise ConfigError(f"{path.name}: {_first_sentence(error, list(Sweep.model_fields))}") from None
+
+
+def sweep_recipe(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """The recipe of one trial.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+    settings = recipe.model_dump(mode="json")
+    for key, value in values.items():
+        settings = with_value(settings, key, value)
+    return check_recipe(settings)
+
+
+def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
+    if value % divisor:
+        lower, upper = value - value % divisor, value + divisor - value % divisor
+        near = f"{upper}" if lower == 0 else f"{lower} or {upper}"
+        raise ValueError(f"{divisor_name}={divisor} does not divide {name}={value}; use {name}={near}")
+
+
+def num_neighbors(reliable: Reliable, num_images: int, num_clusters: int) -> int:
+    """Ns: the recipe's, or N / (6 K) clamped to [10, 100]; never more than there are other images."""
+    wanted = reliable.neighbors or min(100, max(10, round(num_images / (6 * num_clusters))))
+    return min(wanted, num_images - 1)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that are shipped with the package."""
+    return sorted(f.name.removesuffix(".yaml") for f in _recipes().iterdir() if f.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: list[str]) -> Recipe:
+    """Read a shipped recipe or a YAML file and apply ``stage.key=value`` overrides.
+
+    Raises:
+        ConfigError: The recipe, a key or a value cannot be used; names the nearest valid one.
+    """
+    values = _read_yaml(_find_recipe(name_or_path))
+    for override in overrides:
+        key, value = parse_override(override)
+        values = with_value(values, key, value)
+    return check_recipe(values)
+
+
+def check_recipe(values: dict[str, Any]) -> Recipe:
+    """The recipe that ``values`` describe.
+
+    Raises:
+        ConfigError: In one sentence, the first thing that is wrong.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_first_sentence(error)) from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split ``stage.key=value``, the value read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {text!r} is not of the form key=value, such as heads.count=5")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of override {text!r} is not valid YAML") from None
+
+
+def with_value(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of ``values`` with the dotted ``key`` set; an unknown key is an error with the nearest valid name."""
+    check_key(key)
+    head, _, rest = key.partition(".")
+    if not rest:
+        return {**values, head: value}
+    return {**values, head: {**(values.get(head) or {}), rest: value}}
+
+
+def check_key(key: str) -> None:
+    """Refuse a dotted key that no recipe has.
+
+    Raises:
+        ConfigError: With the nearest valid key.
+    """
+    if key not in setting_keys():
+        raise ConfigError(f"unknown setting {key!r}; {_nearest(key, setting_keys())}")
+
+
+def setting_keys() -> list[str]:
+    """Every key that an override may set, such as ``pretrain.temperature``."""
+    keys: list[str] = []
+    for name, field in Recipe.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Settings):
+            keys += [f"{name}.{key}" for key in section.model_fields]
+        else:
+            keys.append(name)
+    return keys
+
+
+def check_images(recipe: Recipe, num_images: int, num_train: int) -> None:
+    """Refuse a recipe that does not fit the number of images that were read.
+
+    Raises:
+        ConfigError: K is larger than the data, or a batch or the queue is.
+    """
+    if recipe.num_clusters > num_train:
+        raise ConfigError(
+            f"num_clusters={recipe.num_clusters} is more than the {num_train} images there are to cluster; "
+            "lower num_clusters or add images"
+        )
+    batch = max(recipe.pretrain.batch_size, recipe.joint.labelled_batch * recipe.joint.unlabelled_ratio)
+    if batch > num_train:
+        raise ConfigError(
+            f"a batch of {batch} images is more than the {num_train} there are; lower pretrain.batch_size and "
+            "pretrain.queue_size, joint.labelled_batch or joint.unlabelled_ratio, or add images"
+        )
+    if recipe.pretrain.queue_size > num_images // 4:
+        largest = num_images // 4 // recipe.pretrain.batch_size * recipe.pretrain.batch_size
+        advice = f"use {largest}" if largest else "lower pretrain.batch_size and pretrain.queue_size"
+        raise ConfigError(
+            f"pretrain.queue_size={recipe.pretrain.queue_size} is more than a quarter of the {num_images} images, "
+            f"so keys would meet their own image among the negatives; {advice}"
+        )
+
+
+def perfect_loss(num_clusters: int) -> float:
+    """The unsupervised loss of perfect, balanced, certain clusters: log(1 + (K - 1) / e)."""
+    return math.log1p((num_clusters - 1) / math.e)
+
+
+def _recipes() -> Any:
+    return resources.files("spice_ray") / "recipes"
+
+
+def _find_recipe(name_or_path: str) -> Any:
+    if name_or_path in recipe_names():
+        return _recipes() / f"{name_or_path}.yaml"
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"recipe file {name_or_path} does not exist; give a YAML file or one of the recipes "
+                              f"{', '.join(recipe_names())}")
+        return path
+    raise ConfigError(f"unknown recipe {name_or_path!r}; {_nearest(name_or_path, recipe_names())}")
+
+
+def _read_yaml(file: Any) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file.name} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file.name} holds no settings; a recipe is a YAML mapping such as the shipped ones")
+    return values
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    """The sentence that names the nearest of the known words, compared whole and by their last part."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if not close:
+        tails = {k.rpartition(".")[2]: k for k in known}
+        close = [tails[t] for t in difflib.get_close_matches(word.rpartition(".")[2], list(tails), n=1, cutoff=0.5)]
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+
+
+def _first_sentence(error: ValidationError, known: list[str] | None = None) -> str:
+    """The first error as a sentence; ``known`` are the keys there are, a recipe's unless given."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    match first["type"]:
+        case "extra_forbidden":
+            return f"unknown setting {where!r}; {_nearest(where, known or setting_keys())}"
+        case "missing":
+            return f"{where} is missing; add it"
+        case "value_error":
+            return str(first["ctx"]["error"])
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{where}={first['input']!r} cannot be used: {message}"

@@ -1,0 +1,121 @@
+"""What the user sees: a bar or a line for every stage, and one table at the end."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from spice_ray.runtime.progress import Done
+
+_SECONDS_BETWEEN_LINES = 10
+
+
+class ConsoleReporter:
+    """Shows stages as bars on a terminal, and as a line every ten seconds elsewhere; writes to standard error."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+
+    def note(self, sentence: str) -> None:
+        """Print a sentence that stays."""
+        self._console.print(sentence, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def stage(self, title: str, unit: str) -> Iterator[Callable[[Done], None]]:
+        """Show one stage."""
+        start = time.monotonic()
+        show = self._bar if self._console.is_terminal else self._lines
+        with show(title, unit) as update:
+            yield update
+        self.note(f"{title}: done in {time.monotonic() - start:.1f} s")
+
+    @contextmanager
+    def _bar(self, title: str, unit: str) -> Iterator[Callable[[Done], None]]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn(f"{{task.completed:.0f}}/{{task.total}} {unit}  {{task.fields[rate]}}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            task = progress.add_task(title, total=None, rate="starting")
+            meter = _Meter()
+            yield lambda done: _update(progress, task, done, meter, unit)
+
+    @contextmanager
+    def _lines(self, title: str, unit: str) -> Iterator[Callable[[Done], None]]:
+        self.note(f"{title}: starting")
+        meter, last = _Meter(), time.monotonic()
+
+        def show(done: Done) -> None:
+            nonlocal last
+            rate = meter.rate(done.done)
+            if time.monotonic() - last < _SECONDS_BETWEEN_LINES:
+                return
+            last = time.monotonic()
+            left = f", {(done.total - done.done) / rate:.0f} s left" if rate and done.total else ""
+            of = f"/{done.total}" if done.total else ""
+            self.note(f"{title}: {done.done}{of} {unit}, {rate:.1f} {unit}/s{left}{_loss(done)}")
+
+        yield show
+
+
+class _Meter:
+    """The rate since the first look: a stage that goes on does not count what an earlier attempt did."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+
+    def rate(self, done: int) -> float:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, done)
+        seconds, since = now - self._first[0], done - self._first[1]
+        return since / seconds if seconds > 0 else 0.0
+
+
+def _update(progress: Progress, task: TaskID, done: Done, meter: _Meter, unit: str) -> None:
+    rate = f"{meter.rate(done.done):.1f} {unit}/s{_loss(done)}"
+    progress.update(task, completed=done.done, total=done.total, rate=rate)
+
+
+def _loss(done: Done) -> str:
+    return "" if done.loss is None else f", loss {done.loss:.4f}"
+
+
+def scores_table(result: dict[str, Any]) -> Table:
+    """The methods with their scores."""
+    table = Table(title=f"{result['n']} images, {result['k']} clusters")
+    for name in ("method", "ACC", "NMI", "ARI"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in result["rows"]:
+        cells = ("-" if row[name] is None else f"{row[name]:.3f}" for name in ("acc", "nmi", "ari"))
+        table.add_row(row["method"], *cells)
+    return table
+
+
+def seconds_table(seconds: dict[str, float]) -> Table:
+    """The stages with the time they took."""
+    table = Table()
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    for stage, value in seconds.items():
+        table.add_row(stage, f"{value:.1f}")
+    return table
+
+
+def trials_table(rows: list[dict[str, Any]], keys: list[str]) -> Table:
+    """The trials of a sweep, best first."""
+    table = Table(title="trials by unsupervised loss, best first")
+    for name in ("rank", *keys, "loss", "reliable", "seconds", "note"):
+        table.add_column(name, justify="left" if name == "note" else "right")
+    for rank, row in enumerate(rows, 1):
+        loss = "-" if row["loss"] is None else f"{row['loss']:.5f}"
+        values = (str(row["values"][key]) for key in keys)
+        table.add_row(str(rank), *values, loss, str(row["reliable"]), f"{row['seconds']:.1f}", row["note"] or "")
+    return table

@@ -1,0 +1,77 @@
+"""The types that travel between stages, and the files that artifacts are made of.
+
+    ImageShards -> EncoderCheckpoint -> EmbeddingStore -> HeadEnsemble -> ReliableLabels -> JointModel -> Assignments
+
+Shapes: B rows of a batch, N images, S side of an image in pixels, D embedding width, V strong views, K clusters,
+H heads.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+SHARDS, LABELS, ENCODER, EMBEDDING = "shards", "labels", "encoder", "embedding"
+HEADS, RELIABLE, JOINT, ASSIGNMENTS = "heads", "reliable", "joint", "assignments"
+
+# ImageShards: Parquet files part-00000.parquet ...; rows are contiguous and sample_id counts up through the files.
+#   sample_id  int64, 0..N-1
+#   source     string, where the image came from
+#   split      string: train, test or unlabeled
+#   image      fixed-size binary, 3*S*S bytes: uint8 RGB, channels first
+# manifest: num_images, image_size, splits {name: count}, files [{name, rows, splits {name: count}}], num_rejects,
+# digest; rejects.parquet beside the parts: source, reason.
+TRAIN_SPLITS = ("train", "unlabeled")
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One file of image shards: ``rows`` images of which ``num_train`` belong to the training split."""
+
+    name: str
+    rows: int
+    num_train: int
+
+
+class Batch(NamedTuple):
+    """Rows of a global batch that one worker serves, interleaved: row i * L + l is the i-th of the worker's lane l."""
+
+    images: "Tensor"
+    """uint8, (B, 3, S, S)."""
+    sample_ids: "Tensor"
+    """int64, (B,)."""
+    draws: "Tensor"
+    """Positions in the stream, int64, (B,): what an augmentation's random numbers are counted by."""
+
+
+class Bank(NamedTuple):
+    """What the heads train on: one row per image, in sample_id order."""
+
+    embedding: "NDArray[np.float32]"
+    """Unit rows of the plain view, (N, D): similarity and prototypes."""
+    plain: "NDArray[np.float32]"
+    """Pooled feature of the plain view, (N, D)."""
+    weak: "NDArray[np.float32]"
+    """Pooled feature of one weak view, (N, D)."""
+    strong: "NDArray[np.float32]"
+    """Pooled features of the strong views, (V, N, D)."""
+
+
+class Progress(Protocol):
+    """What a training loop needs from whoever runs it: a place to go on from, and somebody to tell."""
+
+    def restore(self) -> dict[str, Any] | None:
+        """The state of the last checkpoint, on the CPU, or None at the beginning."""
+        ...
+
+    def advance(self, step: int, total: int, loss: "Tensor", snapshot: Callable[[], dict[str, Any]]) -> None:
+        """Called by every worker after each step; saves ``snapshot()`` when a checkpoint is due."""
+        ...
+
+
+Wrap = Callable[[Any], Any]
+"""Makes a module train data-parallel (DDP), or returns it as it is."""

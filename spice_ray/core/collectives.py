@@ -1,0 +1,97 @@
+"""The few collective operations of training: each is the identity where there is one worker.
+
+G lanes are spread over W workers, L = G / W consecutive lanes each. A worker's rows come interleaved, row i * L + l from
+its lane l; a global batch is interleaved in the same way over all G lanes.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def world_size() -> int:
+    """W, the number of workers."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This worker's number, 0..W-1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather_lanes(rows: Tensor, lanes: int) -> Tensor:
+    """All workers' rows as one global batch, the same on every worker.
+
+    Args:
+        rows: This worker's rows, (b * L, ...); no gradient flows back.
+        lanes: L, this worker's lanes.
+
+    Returns:
+        (b * G, ...): row i * G + g is the i-th of lane g.
+    """
+    workers = world_size()
+    if workers == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(workers)]
+    dist.all_gather(parts, rows.contiguous())
+    stacked = torch.stack([part.unflatten(0, (-1, lanes)) for part in parts], dim=1)  # (b, W, L, ...)
+    return stacked.flatten(0, 2)
+
+
+def own_lanes(rows: Tensor, lanes: int) -> Tensor:
+    """This worker's part of a global batch: the inverse of :func:`gather_lanes`."""
+    workers = world_size()
+    if workers == 1:
+        return rows
+    return rows.unflatten(0, (-1, workers, lanes))[:, rank()].flatten(0, 1)
+
+
+def mean_over_workers(x: Tensor) -> Tensor:
+    """The mean of ``x`` over all workers."""
+    workers = world_size()
+    if workers == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / workers
+
+
+def average_buffers(module: nn.Module) -> None:
+    """Make batch-norm statistics equal on all workers: their mean.
+
+    Running statistics are linear in the batches' statistics, so averaging once at the end gives what averaging over
+    lanes at every step would have given.
+    """
+    for buffer in _statistics(module):
+        buffer.copy_(mean_over_workers(buffer))
+
+
+def first_worker_decides(decision: bool, device: torch.device) -> bool:
+    """Worker 0's ``decision``, known to all."""
+    if world_size() == 1:
+        return decision
+    flag = torch.tensor([decision], dtype=torch.uint8, device=device)
+    dist.broadcast(flag, src=0)
+    return bool(flag.item())
+
+
+def stacked_buffers(module: nn.Module) -> Tensor:
+    """Every worker's batch-norm statistics, float32, (W, n): what a checkpoint keeps so that each gets its own back."""
+    own = torch.cat([buffer.flatten() for buffer in _statistics(module)])
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    if len(parts) == 1:
+        return own[None].clone()
+    dist.all_gather(parts, own)
+    return torch.stack(parts)
+
+
+def restore_buffers(module: nn.Module, stacked: Tensor) -> None:
+    """Take back what :func:`stacked_buffers` kept; the mean over workers where their number has changed."""
+    own = stacked[rank()] if len(stacked) == world_size() else stacked.mean(dim=0)
+    buffers = _statistics(module)
+    for buffer, values in zip(buffers, own.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(values.view_as(buffer))
+
+
+def _statistics(module: nn.Module) -> list[Tensor]:
+    return [buffer for buffer in module.buffers() if buffer.is_floating_point()]

@@ -1,0 +1,139 @@
+"""Encoders: images in, (feature map, pooled feature) out.
+
+A lane is a batch-norm group: rows come interleaved (row i * L + l belongs to lane l of L), and each lane is normalised
+by its own statistics. So the result does not depend on how lanes are spread over workers, and a key cannot recognise
+its query by shared batch statistics (MoCo, section 3.3 "Shuffling BN").
+"""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spice_ray.core.order import seeded
+
+
+class LaneBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm with one set of batch statistics per lane and one set of running statistics, their mean over lanes."""
+
+    lanes: int = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise interleaved rows, (b * L, C, H, W), lane by lane."""
+        if not self.training or self.lanes == 1:
+            return super().forward(x)
+        rows, channels, height, width = x.shape
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        mean, var = self.running_mean.repeat(self.lanes), self.running_var.repeat(self.lanes)
+        out = F.batch_norm(
+            x.reshape(rows // self.lanes, self.lanes * channels, height, width),
+            mean,
+            var,
+            self.weight.repeat(self.lanes),
+            self.bias.repeat(self.lanes),
+            training=True,
+            momentum=cast(float, self.momentum),
+            eps=self.eps,
+        )
+        self.running_mean.copy_(mean.view(self.lanes, channels).mean(dim=0))
+        self.running_var.copy_(var.view(self.lanes, channels).mean(dim=0))
+        return out.reshape(rows, channels, height, width)
+
+
+def set_lanes(model: nn.Module, lanes: int) -> None:
+    """Tell every batch norm of ``model`` how many lanes its rows come from."""
+    for module in model.modules():
+        if isinstance(module, LaneBatchNorm2d):
+            module.lanes = lanes
+
+
+class Encoder(nn.Module):
+    """A convolutional trunk with global average pooling."""
+
+    def __init__(self, trunk: nn.Module, embed_dim: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.embed_dim = embed_dim
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode normalised images.
+
+        Args:
+            images: float, (B, 3, S, S).
+
+        Returns:
+            The feature map, (B, D, s, s), and the pooled feature, (B, D).
+        """
+        feature_map = self.trunk(images)
+        return feature_map, feature_map.mean(dim=(2, 3))
+
+
+def convnet() -> Encoder:
+    """Three 3x3 convolutions of stride 2: small enough to train on a CPU, for images of 16 to 32 pixels."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), LaneBatchNorm2d(outputs), nn.ReLU()]
+    return Encoder(nn.Sequential(*layers), 128)
+
+
+def resnet(constructor: Callable[..., nn.Module], *, small: bool) -> Encoder:
+    """A torchvision ResNet without its classifier.
+
+    ``small`` replaces the ImageNet stem by one 3x3 convolution of stride 1 without max-pool, as is usual at 32 pixels;
+    at 96 pixels it costs 15 times the ImageNet stem's arithmetic.
+    """
+    net = constructor(weights=None, norm_layer=LaneBatchNorm2d)
+    stem = [net.conv1, net.bn1, net.relu, net.maxpool]
+    if small:
+        stem = [nn.Conv2d(3, 64, 3, padding=1, bias=False), LaneBatchNorm2d(64), nn.ReLU()]
+    return Encoder(nn.Sequential(*stem, net.layer1, net.layer2, net.layer3, net.layer4), 512)
+
+
+class WideBlock(nn.Module):
+    """A pre-activation residual block (Zagoruyko and Komodakis, 2016) with FixMatch's leaky ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = LaneBatchNorm2d(inputs), LaneBatchNorm2d(outputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
+        activated = F.leaky_relu(self.bn1(x), 0.1)
+        out = self.conv2(F.leaky_relu(self.bn2(self.conv1(activated)), 0.1))
+        return out + (x if self.shortcut is None else self.shortcut(activated))
+
+
+def wide_resnet(depth: int, widen: int) -> Encoder:
+    """WRN-depth-widen for 32 pixel images: FixMatch's backbone."""
+    blocks = (depth - 4) // 6
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False)]
+    inputs = 16
+    for outputs, stride in ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)):
+        for block in range(blocks):
+            layers.append(WideBlock(inputs, outputs, stride if block == 0 else 1))
+            inputs = outputs
+    return Encoder(nn.Sequential(*layers, LaneBatchNorm2d(inputs), nn.LeakyReLU(0.1)), inputs)
+
+
+_BUILDERS: dict[str, Callable[[], Encoder]] = {
+    "convnet": convnet,
+    "resnet18_small": lambda: resnet(torchvision.models.resnet18, small=True),
+    "resnet34_small": lambda: resnet(torchvision.models.resnet34, small=True),
+    "resnet18": lambda: resnet(torchvision.models.resnet18, small=False),
+    "resnet34": lambda: resnet(torchvision.models.resnet34, small=False),
+    "wrn28_2": lambda: wide_resnet(28, 2),
+    "wrn28_8": lambda: wide_resnet(28, 8),
+}
+
+
+def build_encoder(name: str, key: int) -> Encoder:
+    """The encoder called ``name``, its weights drawn from ``key`` alone (the process's generator is left as it was)."""
+    with seeded(key):
+        return _BUILDERS[name]()

@@ -1,0 +1,65 @@
+"""Joint training on reliable pseudo-labels (SPICE III-C, eqs. 8-9; FixMatch, Sohn et al. 2020).
+
+B labelled rows, U = mu * B unlabelled rows, K clusters.
+"""
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spice_ray.core.encoders import Encoder
+from spice_ray.core.heads import ClusterHead
+
+
+class JointModel(nn.Module):
+    """Encoder and head as one classifier; gives cluster logits."""
+
+    def __init__(self, encoder: Encoder, head: ClusterHead) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Cluster logits, float32, (B, K), of normalised images, (B, 3, S, S)."""
+        _, pooled = self.encoder(images)
+        return cast(Tensor, self.head(pooled).float())
+
+
+def supervised_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Weighted cross-entropy of labelled weak views (eq. 8, first term), a scalar.
+
+    Args:
+        logits: (B, K).
+        labels: int64, (B,).
+        weights: float, (B,); 1 each without balancing.
+    """
+    return (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
+
+
+def consistency_loss(weak_logits: Tensor, strong_logits: Tensor, confidence: float) -> Tensor:
+    """Cross-entropy of strong views with their weak view's confident prediction (eq. 8, second term), a scalar.
+
+    The sum over confident rows is divided by all U rows: unsure rows count zero. No gradient reaches the targets.
+
+    Args:
+        weak_logits: (U, K).
+        strong_logits: (U, K).
+        confidence: tau; a row counts when its largest weak probability is greater.
+    """
+    sureness, targets = weak_logits.detach().softmax(dim=1).max(dim=1)
+    return ((sureness > confidence) * F.cross_entropy(strong_logits, targets, reduction="none")).mean()
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """Average the weights; copy batch-norm statistics, which are averages already."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    torch._foreach_copy_(list(ema.buffers()), list(model.buffers()))
+
+
+def seven_sixteenths_cosine(step: int, total: int) -> float:
+    """FixMatch's share of the learning rate: cos(7 pi step / (16 total)), from 1 down to 0.195."""
+    return math.cos(7 * math.pi * step / (16 * total))

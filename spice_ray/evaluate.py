@@ -1,0 +1,299 @@
+"""Scores of a finished run against ground truth, which nothing else reads.
+
+Shapes: n scored images, K clusters, S side of an image in pixels, D embedding width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix
+
+from spice_ray.contracts import EMBEDDING, HEADS, LABELS, SHARDS, TRAIN_SPLITS
+from spice_ray.errors import DataError, StorageError
+from spice_ray.storage import Artifact, open_artifact, read_json, write_json
+
+_LARGEST_FULL_KMEANS = 2e7  # values
+_LARGEST_FEATURES = 2e9  # bytes
+_UNLABELLED = -1
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well clusters match classes; all but ``n`` and ``k`` are 1 for a perfect match."""
+
+    acc: float
+    """Share of images whose cluster is matched to their class, one class per cluster (Hungarian)."""
+    nmi: float
+    """Normalised mutual information, arithmetic mean of the entropies."""
+    nmi_geometric: float
+    """The same by the geometric mean, as SPICE's code has it."""
+    ari: float
+    """Adjusted Rand index."""
+    n: int
+    """Images scored."""
+    k: int
+    """Clusters that have an image among those scored."""
+    many_to_one: float
+    """Share of images that belong to the commonest class of their cluster."""
+
+
+def clustering_accuracy(labels_true: Ints, labels_pred: Ints) -> float:
+    """Accuracy under the best matching of clusters to classes, each used at most once (Hungarian).
+
+    Args:
+        labels_true: Class of each image, (n,).
+        labels_pred: Cluster of each image, (n,); there may be more or fewer clusters than classes.
+
+    Returns:
+        Share of images in [0, 1] whose cluster is matched to their class.
+
+    Raises:
+        ValueError: The shapes differ, or there is no image.
+    """
+    counts = _counts(labels_true, labels_pred)
+    classes, clusters = linear_sum_assignment(counts, maximize=True)
+    return float(counts[classes, clusters].sum() / counts.sum())
+
+
+def many_to_one_accuracy(labels_true: Ints, labels_pred: Ints) -> float:
+    """Accuracy when each cluster stands for its commonest class; otherwise as ``clustering_accuracy``."""
+    counts = _counts(labels_true, labels_pred)
+    return float(counts.max(axis=0).sum() / counts.sum())
+
+
+def scores(labels_true: Ints, labels_pred: Ints) -> Scores:
+    """Every score of one clustering; arguments and errors are those of ``clustering_accuracy``."""
+    return Scores(
+        acc=clustering_accuracy(labels_true, labels_pred),
+        nmi=float(normalized_mutual_info_score(labels_true, labels_pred, average_method="arithmetic")),
+        nmi_geometric=float(normalized_mutual_info_score(labels_true, labels_pred, average_method="geometric")),
+        ari=float(adjusted_rand_score(labels_true, labels_pred)),
+        n=len(labels_true),
+        k=len(np.unique(labels_pred)),
+        many_to_one=many_to_one_accuracy(labels_true, labels_pred),
+    )
+
+
+def kmeans_labels(features: NDArray[Any], k: int, seed: int) -> Ints:
+    """Clusters of k-means: the best of 10 starts; in mini-batches where there are more than 2e7 values.
+
+    Args:
+        features: (n, D), n >= k.
+        k: Number of clusters.
+        seed: Of the starts, in 0..2^32-1.
+
+    Returns:
+        int64 in 0..k-1, (n,).
+    """
+    method = KMeans if features.size <= _LARGEST_FULL_KMEANS else MiniBatchKMeans
+    return np.asarray(method(n_clusters=k, n_init=10, random_state=seed).fit_predict(features), np.int64)
+
+
+def evaluate(run: Path) -> dict[str, Any]:
+    """Score a finished run against the labels of its data, beside k-means, and write ``run/scores.json``.
+
+    Protocol ``whole`` scores all labelled images, ``split`` those of the test split. k-means is fitted on the scored
+    images; its scores are null where these take more than 2e9 bytes as float32 or are fewer than the clusters. The
+    reliable labels are scored on the labelled images that they could be chosen from: all, or those trained on.
+
+    Args:
+        run: Folder of a finished run.
+
+    Returns:
+        What is in ``scores.json``: the scores of the result (``acc``, ``nmi``, ``nmi_geometric``, ``ari``,
+        ``many_to_one``, ``n``, ``k``), ``protocol``, ``rows`` (one per method), ``reliable`` (``count``, ``share``,
+        ``acc``), ``seconds`` per stage and ``artifacts``.
+
+    Raises:
+        DataError: The data had no labels, or none for an image that counts.
+        StorageError: The run is missing, unfinished or damaged.
+    """
+    record = _read_record(run)
+    if record["artifacts"][LABELS] is None:
+        raise DataError(
+            f"the data of {run} had no labels, so there is nothing to score; cluster sizes are in "
+            f"{run / 'assignments.parquet'}"
+        )
+    images = _read_images(run, record)
+    recipe = record["recipe"]
+    scored = (images.labels_true != _UNLABELLED) & _in_splits(images, recipe["protocol"], ("test",))
+    if not scored.any():
+        raise DataError(
+            f"no image of {run} that protocol={recipe['protocol']} scores has a label, so there is nothing to score; "
+            "whole scores all images and split those of the test split"
+        )
+    result = asdict(scores(images.labels_true[scored], images.clusters[scored])) | {
+        "protocol": recipe["protocol"],
+        "rows": _compare(run, record, images, np.flatnonzero(scored)),
+        "reliable": _score_reliable(images, recipe["protocol"]),
+        "seconds": read_json(run / "timing.json"),
+        "artifacts": record["artifacts"],
+    }
+    write_json(run / "scores.json", result)
+    return result
+
+
+@dataclass(frozen=True)
+class _Images:
+    """One entry per image, in sample_id order."""
+
+    split: NDArray[np.str_]
+    clusters: Ints
+    head_clusters: Ints
+    reliable: NDArray[np.bool_]
+    labels_true: Ints  # -1: not labelled
+
+
+def _counts(labels_true: Ints, labels_pred: Ints) -> Ints:
+    if np.ndim(labels_true) != 1 or np.shape(labels_true) != np.shape(labels_pred) or len(labels_true) == 0:
+        shapes = f"{np.shape(labels_true)} and {np.shape(labels_pred)}"
+        raise ValueError(f"classes and clusters have shapes {shapes}; give both for the same images, at least one")
+    return np.asarray(contingency_matrix(labels_true, labels_pred), np.int64)
+
+
+def _in_splits(images: _Images, protocol: str, splits: tuple[str, ...]) -> NDArray[np.bool_]:
+    return np.isin(images.split, splits) if protocol == "split" else np.ones(len(images.split), np.bool_)
+
+
+def _compare(run: Path, record: dict[str, Any], images: _Images, ids: Ints) -> list[dict[str, Any]]:
+    """The table of methods on the images ``ids``."""
+    shards, recipe = _open(run, record, SHARDS), record["recipe"]
+    embedding = _load(_open(run, record, EMBEDDING), "embedding.npy", len(images.clusters))
+    found: dict[str, Ints | None] = {
+        "k-means on pixels": _baseline(lambda: _read_pixels(shards, ids), len(ids), _num_pixels(shards), recipe),
+        "k-means on the embedding": _baseline(lambda: embedding[ids], len(ids), embedding.shape[1], recipe),
+        "SPICE_s": images.head_clusters[ids],
+        "SPICE": images.clusters[ids],
+    }
+    return [_row(method, images.labels_true[ids], labels) for method, labels in found.items()]
+
+
+def _row(method: str, labels_true: Ints, labels_pred: Ints | None) -> dict[str, Any]:
+    found = {} if labels_pred is None else asdict(scores(labels_true, labels_pred))
+    return {"method": method, **{name: found.get(name) for name in ("acc", "nmi", "ari")}}
+
+
+def _baseline(read: Callable[[], Floats], n: int, width: int, recipe: dict[str, Any]) -> Ints | None:
+    """The clusters of k-means on what ``read`` gives, (n, width); None where that is too large or n is below K."""
+    if 4 * n * width > _LARGEST_FEATURES or n < recipe["num_clusters"]:
+        return None
+    return kmeans_labels(read(), recipe["num_clusters"], recipe["seed"])
+
+
+def _score_reliable(images: _Images, protocol: str) -> dict[str, Any]:
+    candidates = (images.labels_true != _UNLABELLED) & _in_splits(images, protocol, TRAIN_SPLITS)
+    chosen = candidates & images.reliable
+    count = int(chosen.sum())
+    return {
+        "count": count,
+        "share": count / int(candidates.sum()) if candidates.any() else None,
+        # What stage 3 learns from are the head's labels.
+        "acc": clustering_accuracy(images.labels_true[chosen], images.head_clusters[chosen]) if count else None,
+    }
+
+
+def _read_record(run: Path) -> dict[str, Any]:
+    record = read_json(run / "run.json")
+    finished = isinstance(record, dict) and {"artifacts", "recipe", "shards_root"} <= record.keys()
+    if not finished or not {SHARDS, LABELS, EMBEDDING, HEADS} <= record["artifacts"].keys():
+        raise StorageError(f"{run / 'run.json'} is not of a finished run; run the same command again")
+    return dict(record)
+
+
+def _open(run: Path, record: dict[str, Any], kind: str) -> Artifact:
+    root = run / record["shards_root"] if kind in (SHARDS, LABELS) else run / "artifacts"
+    artifact = open_artifact(root, kind, record["artifacts"][kind])
+    if artifact is None:
+        raise StorageError(f"{root} lacks {kind}-{record['artifacts'][kind]}; run the same command again to make it")
+    return artifact
+
+
+def _read_images(run: Path, record: dict[str, Any]) -> _Images:
+    file = run / "assignments.parquet"
+    with _reading(file, file):
+        table = pq.read_table(file, columns=["sample_id", "split", "cluster", "reliable"]).sort_by("sample_id")
+    num_images = len(table)
+    if not np.array_equal(table["sample_id"].to_numpy(), np.arange(num_images)):
+        raise StorageError(f"{file} does not list every image once; {_again(file)}")
+    return _Images(
+        split=np.asarray(table["split"].to_pylist(), np.str_),
+        clusters=table["cluster"].to_numpy().astype(np.int64),
+        head_clusters=_load(_open(run, record, HEADS), "assignments.npy", num_images).astype(np.int64),
+        reliable=np.asarray([value is True for value in table["reliable"].to_pylist()]),
+        labels_true=_read_labels(_open(run, record, LABELS), num_images),
+    )
+
+
+def _read_labels(artifact: Artifact, num_images: int) -> Ints:
+    """Class of each image, -1 where it has none, (num_images,)."""
+    file = artifact.file("labels.parquet")
+    with _reading(file, artifact.path):
+        table = pq.read_table(file, columns=["sample_id", "label"])
+    ids = table["sample_id"].to_numpy()
+    if not np.isin(ids, np.arange(num_images)).all():
+        raise StorageError(f"{file} labels images beyond the {num_images} of the run; {_again(artifact.path)}")
+    labels = np.full(num_images, _UNLABELLED, np.int64)
+    labels[ids] = table["label"].to_numpy()
+    return labels
+
+
+def _num_pixels(shards: Artifact) -> int:
+    return 3 * int(shards.manifest["image_size"]) ** 2
+
+
+def _read_pixels(shards: Artifact, ids: Ints) -> Floats:
+    """Pixels of the images ``ids``, which rise, in [0, 1], float32, (n, 3*S*S)."""
+    pixels = np.empty((len(ids), _num_pixels(shards)), np.float32)
+    first = 0
+    for images in _image_batches(shards):
+        rows = slice(*np.searchsorted(ids, [first, first + len(images)]))
+        np.divide(images[ids[rows] - first], 255, out=pixels[rows])
+        first += len(images)
+    return pixels
+
+
+def _image_batches(shards: Artifact) -> Iterator[NDArray[np.uint8]]:
+    """The images of the shards in sample_id order, uint8, (some, 3*S*S)."""
+    width = _num_pixels(shards)
+    for part in shards.manifest["files"]:
+        file = shards.file(part["name"])
+        with _reading(file, shards.path):
+            for batch in pq.ParquetFile(file).iter_batches(1024, columns=["image"]):
+                column = batch.column(0)
+                values = np.frombuffer(column.buffers()[1], np.uint8)
+                yield values[column.offset * width : (column.offset + len(column)) * width].reshape(-1, width)
+
+
+def _load(artifact: Artifact, name: str, num_images: int) -> NDArray[Any]:
+    """A memory-mapped array of one row per image."""
+    file = artifact.file(name)
+    with _reading(file, artifact.path):
+        array: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
+    if len(array) != num_images:
+        raise StorageError(f"{file} has {len(array)} rows for {num_images} images; {_again(artifact.path)}")
+    return array
+
+
+@contextmanager
+def _reading(file: Path, made: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, EOFError, pa.ArrowException):
+        raise StorageError(f"{file} is missing or damaged; {_again(made)}") from None
+
+
+def _again(made: Path) -> str:
+    return f"delete {made} and run the same command again"

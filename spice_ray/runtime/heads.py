@@ -1,0 +1,135 @@
+"""Stage 2 on Ray: heads as parallel actors on one bank in the object store."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from spice_ray.config import Recipe, Scale
+from spice_ray.contracts import HEADS, Bank
+from spice_ray.core.heads import ClusterHead
+from spice_ray.runtime.progress import ProgressWriter
+from spice_ray.runtime.weights import save_weights
+from spice_ray.stages.train_heads import TrainedHead, choose_head, train_head
+from spice_ray.storage import Artifact, publish
+
+_RETRIES = 3
+_ROWS_AT_ONCE = 8192
+
+
+class HeadActor:
+    """Trains some of the heads, one after the other."""
+
+    def __init__(self, recipe: Recipe, scale: Scale, progress: Path, writer: str) -> None:
+        torch.set_num_threads(scale.cpus_per_worker)
+        self._recipe = recipe
+        self._device = torch.device("cuda" if scale.head_gpus else "cpu")
+        self._writer = ProgressWriter(progress, writer)
+
+    def train(self, bank: list["ray.ObjectRef[NDArray[np.float32]]"], indices: list[int],
+              train_ids: NDArray[np.int64]) -> list[TrainedHead]:
+        """Train the heads numbered ``indices`` on the shared bank."""
+        recipe, shared = self._recipe, Bank(*ray.get(bank))
+        done, total = 0, len(indices) * recipe.heads.epochs
+
+        def on_epoch() -> None:
+            nonlocal done
+            done += 1
+            self._writer.write(done, total)
+
+        return [
+            train_head(
+                shared,
+                index,
+                recipe.heads,
+                num_clusters=recipe.num_clusters,
+                seed=recipe.seed,
+                device=self._device,
+                train_ids=train_ids,
+                on_epoch=on_epoch,
+            )
+            for index in indices
+        ]
+
+
+def open_bank(embedding: Artifact) -> Bank:
+    """The bank of an embedding store, mapped."""
+    return Bank(*(np.load(embedding.file(f"{name}.npy"), mmap_mode="r") for name in Bank._fields))
+
+
+def num_actors(recipe: Recipe, scale: Scale) -> int:
+    """One actor per head where the cluster has room, else as many as there is room for."""
+    if scale.head_actors is not None:
+        return min(scale.head_actors, recipe.heads.count)
+    resources = ray.cluster_resources()
+    # One CPU belongs to reading tasks; see cluster.py.
+    room = max(1, (int(resources["CPU"]) - 1) // scale.cpus_per_worker)
+    if scale.head_gpus:
+        room = min(room, max(1, int(resources.get("GPU", 0) / scale.head_gpus)))
+    return min(room, recipe.heads.count)
+
+
+def train_heads(recipe: Recipe, scale: Scale, bank: Bank, train_ids: NDArray[np.int64], progress: Path
+                ) -> list[TrainedHead]:
+    """Train all heads; which actor trains a head has no influence on it."""
+    refs = [ray.put(np.asarray(array)) for array in bank]
+    count = num_actors(recipe, scale)
+    remote = ray.remote(HeadActor).options(
+        num_cpus=scale.cpus_per_worker,
+        num_gpus=scale.head_gpus,
+        max_restarts=_RETRIES,
+        max_task_retries=_RETRIES,
+    )
+    shares = [list(range(recipe.heads.count))[first::count] for first in range(count)]
+    actors = [remote.remote(recipe, scale, progress, f"actor-{number}") for number in range(count)]
+    results = ray.get([a.train.remote(refs, share, train_ids) for a, share in zip(actors, shares, strict=True)])
+    heads: dict[int, TrainedHead] = {}
+    for share, trained in zip(shares, results, strict=True):
+        heads |= dict(zip(share, trained, strict=True))
+    return [heads[index] for index in range(recipe.heads.count)]
+
+
+def publish_heads(root: Path, print_: str, recipe: Recipe, bank: Bank, heads: list[TrainedHead]) -> Artifact:
+    """Publish the ensemble with the chosen head's assignment of every image (SPICE_s)."""
+    chosen = choose_head(heads)
+    modules = [_head(trained, bank.plain.shape[1], recipe.num_clusters) for trained in heads]
+
+    def write(folder: Path) -> dict[str, Any]:
+        for index, module in enumerate(modules):
+            save_weights(module, folder / f"head-{index:03d}.safetensors")
+        labels, confidences = assign_by_head(modules[chosen], bank.plain)
+        np.save(folder / "assignments.npy", labels)
+        np.save(folder / "confidences.npy", confidences)
+        return {
+            "chosen": chosen,
+            "embed_dim": int(bank.plain.shape[1]),
+            "num_clusters": recipe.num_clusters,
+            "losses": [head.loss for head in heads],
+            "best_epochs": [head.best_epoch for head in heads],
+            "losses_over_time": [head.losses for head in heads],
+        }
+
+    return publish(root, HEADS, print_, write)
+
+
+@torch.inference_mode()
+def assign_by_head(head: ClusterHead, features: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """A head's cluster of every image and its probability: int64 (N,) and float32 (N,)."""
+    labels = np.empty(len(features), np.int64)
+    confidences = np.empty(len(features), np.float32)
+    for start in range(0, len(features), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        probs = F.softmax(head(torch.from_numpy(np.array(features[rows]))), dim=1)
+        confidence, label = probs.max(dim=1)
+        labels[rows], confidences[rows] = label.numpy(), confidence.numpy()
+    return labels, confidences
+
+
+def _head(trained: TrainedHead, embed_dim: int, num_clusters: int) -> ClusterHead:
+    head = ClusterHead(embed_dim, num_clusters, 0)
+    head.load_state_dict(trained.weights)
+    return head

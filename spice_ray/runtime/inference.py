@@ -1,0 +1,222 @@
+"""Every image once through a frozen model: Ray Data's map_batches over an actor pool, one shard file per batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from spice_ray.config import Recipe, Scale
+from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, Bank
+from spice_ray.core.prototypes import unsupervised_loss
+from spice_ray.runtime.data import Shards, images_of, read_files
+from spice_ray.runtime.reliable import read_reliable
+from spice_ray.runtime.train import augmentation_of
+from spice_ray.runtime.weights import load_encoder, load_joint
+from spice_ray.stages.assign import predict
+from spice_ray.stages.embed import embed
+from spice_ray.storage import Artifact, publish
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class InferenceJob:
+    """What an actor of the pool is given."""
+
+    model: Artifact
+    recipe: Recipe
+    image_size: int
+    threads: int
+    use_gpu: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the actor computes."""
+        return torch.device("cuda" if self.use_gpu else "cpu")
+
+
+class EmbedImages:
+    """Embeds the images of a shard file with stage 1's encoder."""
+
+    def __init__(self, job: InferenceJob) -> None:
+        torch.set_num_threads(job.threads)
+        self._job = job
+        self._encoder = load_encoder(job.model).eval().to(job.device)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Images to rows of (embedding, plain, weak, strong 0, ...), float32."""
+        recipe, device = self._job.recipe, self._job.device
+        ids = torch.from_numpy(table["sample_id"].to_numpy().copy()).to(device)
+        images = torch.from_numpy(images_of(table, self._job.image_size).copy()).to(device)
+        found = embed(
+            self._encoder,
+            images,
+            ids,
+            augmentation_of(recipe.image),
+            num_strong=recipe.heads.views,
+            seed=recipe.seed,
+        )
+        return _rows(table, torch.cat([found.embedding, found.plain, found.weak, *found.strong], dim=1))
+
+
+class PredictImages:
+    """Classifies the images of a shard file with stage 3's model."""
+
+    def __init__(self, job: InferenceJob) -> None:
+        torch.set_num_threads(job.threads)
+        self._job = job
+        self._model = load_joint(job.model).eval().to(job.device)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Images to rows of (logits, pooled feature), float32."""
+        images = torch.from_numpy(images_of(table, self._job.image_size).copy()).to(self._job.device)
+        found = predict(self._model, images, augmentation_of(self._job.recipe.image))
+        return _rows(table, torch.cat([found.logits, found.pooled], dim=1))
+
+
+def _rows(table: pa.Table, values: torch.Tensor) -> pa.Table:
+    """Values as fixed-size binary: Arrow's tensors would be copied and widened on their way."""
+    width = values.shape[1] * 4
+    buffer = pa.py_buffer(values.contiguous().numpy().tobytes())
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(values), [None, buffer])
+    return pa.table({"sample_id": table["sample_id"], "values": column})
+
+
+def map_images(
+    actor: type[EmbedImages] | type[PredictImages],
+    job: InferenceJob,
+    shards: Shards,
+    scale: Scale,
+    take: Callable[[NDArray[np.int64], NDArray[np.float32]], None],
+    report: Report,
+) -> None:
+    """Send every shard file through a pool of ``scale.workers`` actors and hand the rows to ``take``."""
+    files = [file for file in shards.files if file.rows]
+    outputs = read_files(shards, files).map_batches(
+        actor,
+        fn_constructor_args=(job,),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(scale.workers, len(files))),
+        num_cpus=scale.cpus_per_worker,
+        num_gpus=scale.gpus_per_worker or None,
+    )
+    done = 0
+    for table in outputs.iter_batches(batch_size=None, batch_format="pyarrow"):
+        column = table["values"].combine_chunks()
+        width = column.type.byte_width // 4
+        values = np.frombuffer(column.buffers()[1], np.float32)[column.offset * width :][: len(column) * width]
+        take(table["sample_id"].to_numpy(), values.reshape(len(column), width))
+        done += len(column)
+        report(done, shards.num_rows)
+
+
+def publish_embedding(
+    root: Path, print_: str, recipe: Recipe, scale: Scale, encoder: Artifact, shards: Shards, report: Report
+) -> Artifact:
+    """Embed all images and the heads' views of them, and publish the store."""
+    width, views = encoder.manifest["embed_dim"], recipe.heads.views
+    job = _job(encoder, recipe, shards, scale)
+
+    def write(folder: Path) -> dict[str, Any]:
+        shapes = {name: (shards.num_rows, width) for name in Bank._fields} | {"strong": (views, shards.num_rows, width)}
+        bank = Bank(**{name: _new_array(folder / f"{name}.npy", shape) for name, shape in shapes.items()})
+
+        def take(ids: NDArray[np.int64], values: NDArray[np.float32]) -> None:
+            parts = np.split(values, 3 + views, axis=1)
+            bank.embedding[ids], bank.plain[ids], bank.weak[ids] = parts[:3]
+            for view, part in enumerate(parts[3:]):
+                bank.strong[view][ids] = part
+
+        map_images(EmbedImages, job, shards, scale, take, report)
+        for array in bank:
+            array.flush()  # type: ignore[attr-defined]
+        return {"num_images": shards.num_rows, "embed_dim": width, "views": views}
+
+    return publish(root, EMBEDDING, print_, write)
+
+
+def publish_assignments(
+    root: Path,
+    print_: str,
+    recipe: Recipe,
+    scale: Scale,
+    joint: Artifact,
+    reliable: Artifact,
+    shards: Shards,
+    report: Report,
+) -> Artifact:
+    """Classify all images and publish one row for each."""
+
+    def write(folder: Path) -> dict[str, Any]:
+        logits = np.empty((shards.num_rows, recipe.num_clusters), np.float32)
+        pooled: NDArray[np.float32] | None = None
+
+        def take(ids: NDArray[np.int64], values: NDArray[np.float32]) -> None:
+            nonlocal pooled
+            if pooled is None:
+                pooled = _new_array(folder / "pooled.npy", (shards.num_rows, values.shape[1] - recipe.num_clusters))
+            logits[ids], pooled[ids] = values[:, : recipe.num_clusters], values[:, recipe.num_clusters :]
+
+        map_images(PredictImages, _job(joint, recipe, shards, scale), shards, scale, take, report)
+        assert pooled is not None
+        train_ids = training_ids(shards)
+        loss = final_loss(torch.from_numpy(logits[train_ids]), torch.from_numpy(pooled[train_ids]), recipe)
+        (folder / "pooled.npy").unlink()
+        table = _assignments(logits, read_reliable(reliable), shards, skipped=joint.manifest["skipped"] is not None)
+        pq.write_table(table, folder / "assignments.parquet")
+        sizes = np.bincount(table["cluster"].to_numpy(), minlength=recipe.num_clusters)
+        return {"unsupervised_loss": loss, "cluster_sizes": sizes.tolist()}
+
+    return publish(root, ASSIGNMENTS, print_, write)
+
+
+def final_loss(logits: torch.Tensor, pooled: torch.Tensor, recipe: Recipe) -> float:
+    """The unsupervised loss of a trained classifier on its own embedding: what trials of a sweep are ranked by."""
+    embeddings = F.normalize(pooled, dim=1)
+    return float(unsupervised_loss(embeddings, logits, confident_fraction=recipe.heads.confident_fraction))
+
+
+def training_ids(shards: Shards) -> NDArray[np.int64]:
+    """Sample ids that count for training, int64, ascending."""
+    if shards.splits is None:
+        return np.arange(shards.num_rows)
+    split = _column(shards, "split")
+    return np.flatnonzero(pa.compute.is_in(split, pa.array(shards.splits)).to_numpy())
+
+
+def _column(shards: Shards, name: str) -> pa.ChunkedArray:
+    return pa.chunked_array(
+        [chunk for file in shards.files for chunk in pq.read_table(shards.path / file.name, columns=[name])[name].chunks],
+        pa.string(),
+    )
+
+
+def _assignments(logits: NDArray[np.float32], reliable: Any, shards: Shards, *, skipped: bool) -> pa.Table:
+    confidence, cluster = torch.from_numpy(logits).softmax(dim=1).max(dim=1)
+    kept = reliable.weights.numpy() > 0
+    return pa.table({
+        "sample_id": np.arange(len(logits)),
+        "source": _column(shards, "source"),
+        "split": _column(shards, "split"),
+        "cluster": cluster.numpy(),
+        "confidence": confidence.numpy(),
+        "consistency": pa.array(reliable.consistency.numpy(), from_pandas=True),
+        "reliable": np.zeros_like(kept) if skipped else kept,
+    })
+
+
+def _job(model: Artifact, recipe: Recipe, shards: Shards, scale: Scale) -> InferenceJob:
+    return InferenceJob(model, recipe, shards.image_size, scale.cpus_per_worker, scale.gpus_per_worker > 0)
+
+
+def _new_array(file: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    return np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)

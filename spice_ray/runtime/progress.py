@@ -1,0 +1,90 @@
+"""How the processes of a stage tell the driver how far they are: small files in a folder that all of them see."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
+
+from spice_ray.storage import write_json
+
+Result = TypeVar("Result")
+_SECONDS_BETWEEN_WRITES = 0.5
+_SECONDS_BETWEEN_LOOKS = 0.25
+
+
+class Done(NamedTuple):
+    """How far a stage is."""
+
+    done: int
+    total: int | None
+    loss: float | None
+
+
+class Reporter(Protocol):
+    """Whoever shows progress to the user."""
+
+    def stage(self, title: str, unit: str) -> AbstractContextManager[Callable[[Done], None]]:
+        """Show a stage that counts in ``unit`` for as long as the context lasts."""
+        ...
+
+    def note(self, sentence: str) -> None:
+        """Tell the user something that stays on the screen."""
+        ...
+
+
+class ProgressWriter:
+    """Writes how far one process is, at most twice a second."""
+
+    def __init__(self, folder: Path, writer: str) -> None:
+        self._file = folder / f"{writer}.json"
+        self._next = 0.0
+
+    def write(self, done: int, total: int, loss: Callable[[], float] | None = None) -> None:
+        """Say that ``done`` of ``total`` is done; the loss is asked for only when it is written."""
+        now = time.monotonic()
+        if now < self._next and done < total:
+            return
+        self._next = now + _SECONDS_BETWEEN_WRITES
+        write_json(self._file, {"done": done, "total": total, "loss": None if loss is None else loss()})
+
+
+def read_progress(folder: Path) -> Done | None:
+    """The sum over the processes that wrote into ``folder``, or None where none has yet."""
+    states = []
+    for file in folder.glob("*.json"):
+        try:
+            states.append(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue  # replaced while it was read: the next look finds it
+    if not states:
+        return None
+    return Done(sum(s["done"] for s in states), sum(s["total"] for s in states), states[0]["loss"])
+
+
+def watched(work: Callable[[], Result], folder: Path, show: Callable[[Done], None]) -> Result:
+    """Do ``work`` in a thread while this one shows the progress that other processes write into ``folder``.
+
+    Ray's own waiting would keep Ctrl-C from the main thread; so the waiting is done elsewhere.
+    """
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # handed over to the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_SECONDS_BETWEEN_LOOKS)
+        state = read_progress(folder)
+        if state is not None:
+            show(state)
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -1,0 +1,177 @@
+"""Sweeps under Ray Tune: every trial shares stages 1 and 2 and is ranked by the same unsupervised loss."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.tune
+import torch
+import yaml
+from torch import Tensor
+
+from spice_ray.config import Sweep, sweep_recipe
+from spice_ray.contracts import JOINT
+from spice_ray.errors import SpiceError, TrainingError
+from spice_ray.run_folder import RunFolder, science
+from spice_ray.runtime.data import images_of
+from spice_ray.runtime.inference import final_loss, training_ids
+from spice_ray.runtime.pipeline import Pipeline
+from spice_ray.runtime.progress import Done, ProgressWriter, watched
+from spice_ray.runtime.train import Host, augmentation_of, initial_joint, publish_joint, run_joint
+from spice_ray.runtime.weights import load_joint
+from spice_ray.stages.assign import predict
+from spice_ray.storage import Artifact, open_artifact
+
+
+class SilentReporter:
+    """Shows nothing: a trial's progress is the sweep's."""
+
+    @contextmanager
+    def stage(self, title: str, unit: str) -> Iterator[Callable[[Done], None]]:
+        """Run a stage unseen."""
+        yield lambda done: None
+
+    def note(self, sentence: str) -> None:
+        """Keep a note to oneself."""
+
+
+class TrialProgress:
+    """A trial trains from its beginning to its end in one process."""
+
+    def restore(self) -> None:
+        """There is nothing to go on from."""
+
+    def advance(self, step: int, total: int, loss: Tensor, snapshot: Callable[[], dict[str, Any]]) -> None:
+        """There is nobody to tell."""
+
+
+def run_sweep(pipeline: Pipeline, settings: Sweep, name: str) -> list[dict[str, Any]]:
+    """Run the trials, write their table and the winner's recipe and assignments, and give the rows, best first.
+
+    Raises:
+        TrainingError: No trial came to an end.
+    """
+    pipeline.heads()  # before the trials, which would otherwise each do it
+    folder = pipeline.run.path / "sweeps" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = pipeline.run.progress("sweep")
+    with pipeline.reporter.stage("sweep", "trials") as show:
+        results = watched(lambda: _fit(pipeline, settings, folder, progress), progress, show)
+    rows = sorted((_row(result, settings) for result in results), key=lambda r: (r["loss"] is None, r["loss"] or 0))
+    if not rows or rows[0]["loss"] is None:
+        raise TrainingError(f"no trial came to an end ({rows[0]['note'] if rows else 'none was started'}); "
+                            "run the same command again with --verbose")
+    _write_trials(folder / "trials.parquet", rows, settings)
+    winner = sweep_recipe(pipeline.recipe, rows[0]["values"])
+    (folder / "winner.yaml").write_text(yaml.safe_dump(science(winner), sort_keys=False), encoding="utf-8")
+    result = replace(pipeline, recipe=winner).assignments()
+    RunFolder(folder, pipeline.run.artifacts).publish_table(result, "assignments.parquet")
+    return rows
+
+
+def _fit(pipeline: Pipeline, settings: Sweep, folder: Path, progress: Path) -> ray.tune.ResultGrid:
+    scale = pipeline.recipe.scale
+    resources: dict[str, float] = {"CPU": scale.cpus_per_worker}
+    if scale.gpus_per_worker:
+        resources["GPU"] = scale.gpus_per_worker
+    pick = ray.tune.grid_search if settings.search == "grid" else ray.tune.choice
+    shared = replace(pipeline, reporter=SilentReporter())
+    total = _num_trials(settings)
+    ProgressWriter(progress, "all").write(0, total)
+    trainable = ray.tune.with_parameters(_trial, pipeline=shared, progress=progress)
+    tuner = ray.tune.Tuner(
+        ray.tune.with_resources(trainable, resources),
+        param_space={key: pick(values) for key, values in settings.space.items()},
+        tune_config=ray.tune.TuneConfig(
+            metric="loss",
+            mode="min",
+            num_samples=settings.samples or 1,
+            search_alg=ray.tune.search.BasicVariantGenerator(random_state=pipeline.recipe.seed),
+            max_concurrent_trials=max(1, (int(ray.cluster_resources()["CPU"]) - 1) // scale.cpus_per_worker),
+        ),
+        run_config=ray.tune.RunConfig(name="tune", storage_path=str(folder.resolve()), verbose=0),
+    )
+    return tuner.fit()
+
+
+def _num_trials(settings: Sweep) -> int:
+    if settings.samples is not None:
+        return settings.samples
+    total = 1
+    for values in settings.space.values():
+        total *= len(values)
+    return total
+
+
+def _trial(config: dict[str, Any], *, pipeline: Pipeline, progress: Path) -> None:
+    """One trial, on one worker."""
+    start = time.monotonic()
+    torch.set_num_threads(pipeline.recipe.scale.cpus_per_worker)
+    trial = ray.tune.get_context().get_trial_id()
+    run = RunFolder(pipeline.run.path / "sweeps" / ".trials" / trial, pipeline.run.artifacts)
+    run.path.mkdir(parents=True, exist_ok=True)
+    recipe = sweep_recipe(pipeline.recipe, config)
+    try:
+        metrics = evaluate_trial(replace(pipeline, run=run, recipe=recipe))
+    except SpiceError as error:
+        metrics = {"loss": float("inf"), "num_reliable": 0, "note": str(error)}
+    ProgressWriter(progress, f"trial-{trial}").write(1, 0)
+    ray.tune.report({**metrics, "trial_seconds": time.monotonic() - start})
+
+
+def evaluate_trial(pipeline: Pipeline) -> dict[str, Any]:
+    """Reliable labels and stage 3 in this process, and the loss that ranks the result."""
+    reliable, skip = pipeline.reliable(), pipeline.why_skip_joint()
+    print_ = pipeline.joint_fingerprint()
+    if open_artifact(pipeline.run.artifacts, JOINT, print_) is None:
+        job = pipeline.joint_job(print_)
+        if skip is not None:
+            publish_joint(job, initial_joint(job), skipped=skip)
+        else:
+            device = torch.device("cuda" if pipeline.recipe.scale.gpus_per_worker else "cpu")
+            run_joint(job, Host(device, lambda module: module, TrialProgress()))
+    joint = open_artifact(pipeline.run.artifacts, JOINT, print_)
+    assert joint is not None
+    return {"loss": trial_loss(pipeline, joint), "num_reliable": sum(reliable.manifest["kept"]), "note": skip or ""}
+
+
+@torch.inference_mode()
+def trial_loss(pipeline: Pipeline, joint: Artifact) -> float:
+    """The loss that ``assignments`` would record for the classifier, without a pool of actors."""
+    recipe, shards = pipeline.recipe, pipeline.train_shards
+    device = torch.device("cuda" if recipe.scale.gpus_per_worker else "cpu")
+    model, views = load_joint(joint).eval().to(device), augmentation_of(recipe.image)
+    tables = (pq.read_table(shards.path / file.name, columns=["image"]) for file in shards.files if file.rows)
+    found = [
+        predict(model, torch.from_numpy(images_of(table, shards.image_size).copy()).to(device), views)
+        for table in tables
+    ]
+    ids = torch.from_numpy(training_ids(shards))
+    logits, pooled = torch.cat([f.logits for f in found]), torch.cat([f.pooled for f in found])
+    return final_loss(logits[ids], pooled[ids], recipe)
+
+
+def _row(result: Any, settings: Sweep) -> dict[str, Any]:
+    metrics = result.metrics or {}
+    loss = metrics.get("loss")
+    error = str(result.error).strip().splitlines()[-1] if result.error else ""
+    return {
+        "values": {key: result.config[key] for key in settings.space},
+        "loss": None if loss is None or loss == float("inf") else float(loss),
+        "reliable": int(metrics.get("num_reliable", 0)),
+        "seconds": float(metrics.get("trial_seconds", 0.0)),
+        "note": error or metrics.get("note", ""),
+    }
+
+
+def _write_trials(file: Path, rows: list[dict[str, Any]], settings: Sweep) -> None:
+    columns = {key: [row["values"][key] for row in rows] for key in settings.space}
+    rest = {name: [row[name] for row in rows] for name in ("loss", "reliable", "seconds", "note")}
+    pq.write_table(pa.table({**columns, **rest}), file)
+

@@ -1,0 +1,24 @@
+"""The optimisers of stages 1 and 3."""
+
+import torch
+from torch import nn
+
+from spice_ray.config import Optimizer
+
+
+def build_optimizer(
+    name: Optimizer, model: nn.Module, lr: float, weight_decay: float, *, nesterov: bool = False
+) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9, or AdamW; biases and batch-norm weights do not decay."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    kept = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=nesterov)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Use ``lr`` for the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,143 @@
+"""Artifact folders: what a stage leaves behind, named by what went into it.
+
+An artifact is an immutable folder ``<kind>-<fingerprint>`` whose ``manifest.json`` is written last: its presence means
+complete, so a rerun skips the stage, and a kill cannot leave half a folder that is taken for whole. The fingerprint is
+a hash of the stage's settings, the parents' fingerprints and the format version; never of a label, a time, a host or a
+path. Times go to ``timing.json``.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spice_ray.errors import StorageError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete artifact on disk."""
+
+    path: Path
+    kind: str
+    fingerprint: str
+    manifest: dict[str, Any]
+
+    def file(self, name: str) -> Path:
+        """A file of the payload.
+
+        Raises:
+            StorageError: The file is missing although the artifact was complete.
+        """
+        file = self.path / name
+        if not file.exists():
+            raise StorageError(f"{file} is missing from a finished artifact; delete the folder {self.path} and run again")
+        return file
+
+
+def fingerprint(kind: str, settings: dict[str, Any], parents: list[str]) -> str:
+    """16 hex digits that name what an artifact is made of."""
+    text = json.dumps([FORMAT_VERSION, kind, settings, parents], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def open_artifact(root: Path, kind: str, print_: str) -> Artifact | None:
+    """The artifact, or None where it is not complete.
+
+    Raises:
+        StorageError: Its manifest cannot be read.
+    """
+    path = root / f"{kind}-{print_}"
+    manifest = path / "manifest.json"
+    if not manifest.is_file():
+        return None
+    try:
+        return Artifact(path, kind, print_, json.loads(manifest.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        raise StorageError(f"{manifest} cannot be read; delete the folder {path} and run again") from None
+
+
+def publish(root: Path, kind: str, print_: str, write: Callable[[Path], dict[str, Any]]) -> Artifact:
+    """Write an artifact under a temporary name, then give it its own.
+
+    Args:
+        root: The run's folder of artifacts.
+        kind: What the artifact is, such as ``embedding``.
+        print_: Its fingerprint.
+        write: Writes the payload into the folder it is given and returns what the manifest records of it.
+
+    Raises:
+        StorageError: The disk refused.
+    """
+    final = root / f"{kind}-{print_}"
+    with _reporting_disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        staging = root / f".{kind}-{print_}.{uuid.uuid4().hex[:8]}"
+        staging.mkdir()
+        try:
+            record = {"kind": kind, "fingerprint": print_, "format": FORMAT_VERSION, **write(staging)}
+            write_json(staging / "manifest.json", record)
+            _move(staging, final)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    artifact = open_artifact(root, kind, print_)
+    assert artifact is not None
+    return artifact
+
+
+def _move(staging: Path, final: Path) -> None:
+    """Give a finished folder its name, unless another process published the same artifact first."""
+    if final.exists() and not (final / "manifest.json").exists():
+        shutil.rmtree(final)
+    try:
+        os.replace(staging, final)
+    except OSError:
+        if not (final / "manifest.json").exists():
+            raise
+        shutil.rmtree(staging)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader finds the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run folder.
+
+    Raises:
+        StorageError: It is not there or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StorageError(f"{path} does not exist; is {path.parent} the folder of a run?") from None
+    except (OSError, ValueError):
+        raise StorageError(f"{path} cannot be read as JSON; delete it and run again") from None
+
+
+def clear_staging(root: Path) -> None:
+    """Remove what a killed run left half-written."""
+    if root.is_dir():
+        for folder in root.glob(".*-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _reporting_disk_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{root} cannot be written ({error.strerror or error}); free some space or choose another "
+                           "--out, then run the same command again") from error

@@ -1,0 +1,167 @@
+"""What the command line, the jobs and the Python interface do: check first, then start Ray, then run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spice_ray.config import Recipe, Scale, Sweep, load_recipe, sweep_recipe
+from spice_ray.errors import DataError
+from spice_ray.readers.source import Source, open_source
+from spice_ray.run_folder import RunFolder, claim
+from spice_ray.runtime.cluster import check_local_cpus, connected
+from spice_ray.runtime.progress import Done, Reporter
+from spice_ray.storage import Artifact, read_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from spice_ray.runtime.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that was checked: nothing has been computed and Ray has not been started."""
+
+    run: RunFolder
+    recipe: Recipe
+    source: Source | None
+    """None where the images are shards already."""
+    shards_path: Path | None
+
+
+def prepare(recipe: Recipe, data: str, out: Path, *, labels_from_folders: bool = False) -> Prepared:
+    """Check everything that can be checked without reading images.
+
+    Raises:
+        SpiceError: A path, a folder or the number of processors cannot be used.
+    """
+    check_local_cpus(recipe.scale)
+    path = Path(data)
+    if path.is_dir() and (path.name.startswith("shards-") or any(path.glob("shards-*"))):
+        shards = _open_shards(path)[0]
+        identity = {"path": data, "digest": f"{shards.kind}-{shards.fingerprint}"}
+        return Prepared(claim(out, recipe, identity), recipe, None, path)
+    source = open_source(data, labels_from_folders)
+    identity = {"path": data, "digest": f"{source.kind}-{source.listing_digest()}-{labels_from_folders}"}
+    return Prepared(claim(out, recipe, identity), recipe, source, None)
+
+
+def run(prepared: Prepared, reporter: Reporter, *, verbose: bool = False) -> Artifact:
+    """All stages; gives the assignments.
+
+    Raises:
+        SpiceError: The images do not fit the recipe, or a stage failed.
+    """
+    with connected(prepared.recipe.scale, verbose=verbose):
+        return _pipeline(prepared, reporter).finish()
+
+
+def sweep(prepared: Prepared, settings: Sweep, name: str, reporter: Reporter, *, verbose: bool = False
+          ) -> list[dict[str, Any]]:
+    """Stages 1 and 2 where they are missing, then the trials, ranked by the unsupervised loss; best first.
+
+    Raises:
+        SpiceError: As :func:`run`.
+    """
+    for key, values in settings.space.items():
+        for value in values:
+            sweep_recipe(prepared.recipe, {key: value})
+    with connected(prepared.recipe.scale, verbose=verbose):
+        from spice_ray.runtime.tune import run_sweep
+
+        return run_sweep(_pipeline(prepared, reporter), settings, name)
+
+
+def ingest(source: Source, out: Path, *, image_size: int, seed: int, reporter: Reporter, verbose: bool = False
+           ) -> Artifact:
+    """Make image shards.
+
+    Raises:
+        SpiceError: The source or the folder cannot be used.
+    """
+    with connected(Scale(), verbose=verbose):
+        return _ingest(source, out, image_size, seed, reporter)[0]
+
+
+def cluster(
+    data: str,
+    *,
+    num_clusters: int,
+    recipe: str = "images_small",
+    out: str,
+    reporter: Reporter | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> "pa.Table":
+    """Cluster images from Python.
+
+    Args:
+        data: What ``spice-ray run --data`` takes.
+        num_clusters: K.
+        recipe: A shipped recipe or a YAML file.
+        out: The run folder; the same call goes on where an interrupted one stopped.
+        reporter: Shows progress; the console's unless given.
+        overrides: Settings such as ``{"heads.count": 5}``.
+
+    Returns:
+        One row per image: sample_id, source, split, cluster, confidence, consistency, reliable.
+
+    Raises:
+        SpiceError: Something cannot be used; the message says what and why.
+    """
+    import pyarrow.parquet as pq
+
+    from spice_ray.console import ConsoleReporter
+
+    settings = [f"{key}={value}" for key, value in {**(overrides or {}), "num_clusters": num_clusters}.items()]
+    prepared = prepare(load_recipe(recipe, settings), data, Path(out))
+    run(prepared, reporter or ConsoleReporter())
+    return pq.read_table(Path(out) / "assignments.parquet")
+
+
+def _pipeline(prepared: Prepared, reporter: Reporter) -> "Pipeline":
+    from spice_ray.runtime.pipeline import Pipeline
+
+    shards, labels = _shards(prepared, reporter)
+    return Pipeline(prepared.run, prepared.recipe, shards, labels, reporter)
+
+
+def _shards(prepared: Prepared, reporter: Reporter) -> tuple[Artifact, Artifact | None]:
+    if prepared.source is None:
+        assert prepared.shards_path is not None
+        return _open_shards(prepared.shards_path)
+    run, recipe = prepared.run, prepared.recipe
+    if "ingested" in read_json(run.path / "run.json"):
+        return _open_shards(run.artifacts)
+    from spice_ray.runtime.pipeline import timed
+
+    with timed(run, "ingest"):
+        found = _ingest(prepared.source, run.artifacts, recipe.image.size, recipe.seed, reporter)
+    run.record(ingested=found[0].fingerprint)
+    return found
+
+
+def _ingest(source: Source, root: Path, image_size: int, seed: int, reporter: Reporter
+            ) -> tuple[Artifact, Artifact | None]:
+    from spice_ray.runtime.ingest import ingest as ingest_source
+
+    with reporter.stage("ingest", "images") as show:
+        shards, labels = ingest_source(
+            source,
+            root,
+            image_size=image_size,
+            seed=seed,
+            progress=lambda done, total: show(Done(done, total, None)),
+        )
+    rejected = shards.manifest["num_rejects"]
+    if rejected:
+        reporter.note(f"{rejected} files could not be read: {shards.path / 'rejects.parquet'} says why")
+    return shards, labels
+
+
+def _open_shards(path: Path) -> tuple[Artifact, Artifact | None]:
+    from spice_ray.runtime.ingest import find_shards
+
+    found = find_shards(path)
+    if found is None:
+        raise DataError(f"{path} does not hold exactly one finished set of image shards; ingest into a folder of its own")
+    return found

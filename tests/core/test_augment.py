@@ -1,0 +1,530 @@
+"""Views of images: operations against torchvision and slow twins, parameters against their distributions."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as reference
+
+from spice_ray.core import augment, image_ops, operations, order
+from spice_ray.core.augment import Augmentation
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+KEY = order.stream_key(0, "test", 0)
+MANY = torch.arange(20_000)
+VIEWS = [(family, view) for family in ("natural", "digits", "none") for view in ("contrastive", "weak", "strong")]
+
+
+def photos(count: int, side: int, seed: int = 0) -> Tensor:
+    """Smooth colourful gradients with some noise, uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 4, 4, generator=generator) * 230
+    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=True)
+    return (smooth + torch.rand(count, 3, side, side, generator=generator) * 25).to(torch.uint8)
+
+
+def augmentation(family: str = "natural") -> Augmentation:
+    return Augmentation(family, MEAN, STD)
+
+
+def undo(images: Tensor) -> Tensor:
+    return images * torch.tensor(STD).view(-1, 1, 1) + torch.tensor(MEAN).view(-1, 1, 1)
+
+
+def assert_within_one_level(result: Tensor, expected: Tensor, most_different: float) -> None:
+    difference = (result.int() - expected.int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() <= most_different
+
+
+# Every view, as a function of its row
+
+
+@pytest.mark.parametrize("side", [9, 28, 40])
+@pytest.mark.parametrize(("family", "view"), VIEWS)
+def test_a_row_depends_on_its_own_image_and_draw_to_the_bit(family, view, side):
+    make = getattr(augmentation(family), view)
+    images, draws = photos(23, side), torch.arange(23) * 1000 + 2**40
+    whole = make(images, draws, KEY)
+    alone = torch.cat([make(images[i : i + 1], draws[i : i + 1], KEY) for i in range(23)])
+    sevens = torch.cat([make(images[i : i + 7], draws[i : i + 7], KEY) for i in range(0, 23, 7)])
+    shuffle = torch.from_numpy(order.permutation(1, 23))
+    assert torch.equal(whole, alone)
+    assert torch.equal(whole, sevens)
+    assert torch.equal(whole[shuffle], make(images[shuffle], draws[shuffle], KEY))
+
+
+@pytest.mark.parametrize(("family", "view"), VIEWS)
+def test_a_batch_that_passes_in_several_parts_gives_what_its_halves_give(family, view):
+    make, images, draws = getattr(augmentation(family), view), photos(150, 40), torch.arange(150)
+    assert images.numel() > 1.5 * augment._CACHE_ELEMENTS
+    halves = torch.cat([make(images[:71], draws[:71], KEY), make(images[71:], draws[71:], KEY)])
+    assert torch.equal(make(images, draws, KEY), halves)
+
+
+@pytest.mark.parametrize(("family", "view"), VIEWS)
+def test_the_number_of_threads_changes_no_bit(family, view):
+    make, images = getattr(augmentation(family), view), photos(70, 50)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        results.append(make(images, torch.arange(70), KEY))
+    torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("family", "view"), VIEWS)
+@pytest.mark.parametrize("fill", [0, 255, None])
+def test_views_are_finite_contiguous_float32_and_leave_their_image_alone(family, view, fill):
+    images = photos(40, 33) if fill is None else torch.full((40, 3, 33, 33), fill, dtype=torch.uint8)
+    before = images.clone()
+    result = getattr(augmentation(family), view)(images, torch.arange(40), KEY)
+    assert torch.equal(images, before)
+    assert result.dtype == torch.float32
+    assert result.shape == images.shape
+    assert result.is_contiguous()
+    assert result.isfinite().all()
+    assert result.data_ptr() != images.data_ptr()
+
+
+@pytest.mark.parametrize(("family", "view"), VIEWS)
+def test_no_images_give_no_views(family, view):
+    nothing = torch.empty(0, 3, 16, 16, dtype=torch.uint8)
+    assert getattr(augmentation(family), view)(nothing, torch.empty(0, dtype=torch.int64), KEY).shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize(("family", "view"), [pair for pair in VIEWS if pair[0] != "none"])
+def test_another_draw_or_another_key_gives_another_view(family, view):
+    make, images = getattr(augmentation(family), view), photos(1, 32).expand(30, -1, -1, -1)
+    first = make(images, torch.arange(30), KEY)
+    assert len({row.numpy().tobytes() for row in first}) >= 25  # of the 162 weak ones some come twice
+    other = make(images, torch.arange(30), order.stream_key(0, "test", 1))
+    assert sum(torch.equal(a, b) for a, b in zip(first, other, strict=True)) <= 3
+
+
+@pytest.mark.parametrize("view", ["contrastive", "weak", "strong"])
+def test_family_none_gives_plain_views(view):
+    images, plain = photos(5, 16), augmentation("none").plain(photos(5, 16))
+    assert torch.equal(getattr(augmentation("none"), view)(images, torch.arange(5), KEY), plain)
+
+
+def test_plain_views_are_normalised_per_channel():
+    images = photos(4, 16)
+    expected = reference.normalize(images / 255, list(MEAN), list(STD))
+    torch.testing.assert_close(augmentation().plain(images), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("side", [32, 48])
+@pytest.mark.parametrize(("family", "view"), VIEWS)
+def test_the_accelerator_gives_the_same_views(family, view, side):
+    make, images, draws = getattr(augmentation(family), view), photos(200, side), torch.arange(200)
+    difference = (make(images.cuda(), draws.cuda(), KEY).cpu() - make(images, draws, KEY)).abs()
+    # A coordinate or a level that lies on an edge may fall to either side.
+    assert (difference > 1e-4).float().mean() < 2e-3
+
+
+# Natural images: contrastive
+
+
+def test_the_whole_image_as_a_crop_is_the_image():
+    images = photos(3, 32) / 255
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(3, 4)
+    kept = image_ops.resized_crop(images, whole, torch.zeros(3, dtype=torch.bool))
+    torch.testing.assert_close(kept, images, rtol=0, atol=2e-5)
+    mirrored = image_ops.resized_crop(images, whole, torch.ones(3, dtype=torch.bool))
+    torch.testing.assert_close(mirrored, images.flip(-1), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("top", "left", "height", "width"), [(0, 0, 16, 16), (5, 8, 20, 24), (3, 1, 9, 30)])
+def test_a_crop_on_pixel_borders_is_torchvisions_but_for_its_edge(top, left, height, width):
+    images = photos(2, 32) / 255
+    box = torch.tensor([[top, left, height, width]]).expand(2, 4) / 32
+    result = image_ops.resized_crop(images, box, torch.zeros(2, dtype=torch.bool))
+    expected = reference.resized_crop(images, top, left, height, width, [32, 32], antialias=False)
+    torch.testing.assert_close(result[:, :, 3:-3, 3:-3], expected[:, :, 3:-3, 3:-3], rtol=0, atol=1e-5)
+
+
+def test_crop_boxes_are_distributed_as_torchvisions():
+    boxes = augment.crop_boxes(MANY, KEY).double().numpy()
+    torch.manual_seed(0)
+    canvas = torch.empty(1, 4000, 4000)
+    drawn = [RandomResizedCrop.get_params(canvas, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
+    twin = np.array(drawn) / 4000
+    for ours, theirs in zip(boxes.T, twin.T, strict=True):
+        assert stats.ks_2samp(ours, theirs).pvalue > 1e-3
+    assert stats.ks_2samp(boxes[:, 2] * boxes[:, 3], twin[:, 2] * twin[:, 3]).pvalue > 1e-3
+    assert stats.ks_2samp(boxes[:, 3] / boxes[:, 2], twin[:, 3] / twin[:, 2]).pvalue > 1e-3
+    assert boxes[:, :2].min() >= 0
+    assert (boxes[:, :2] + boxes[:, 2:]).max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        (1, 1, 1, 0),
+        (0.6, 1, 1, 0),
+        (1.4, 1, 1, 0),
+        (1, 0.6, 1, 0),
+        (1, 1.4, 1, 0),
+        (1, 1, 0.6, 0),
+        (1, 1, 1.4, 0),
+        (1, 1, 1, 0.1),
+        (1, 1, 1, -0.1),
+        (1.3, 0.7, 1.2, 0.07),
+    ],
+)
+def test_color_jitter_does_what_torchvisions_functions_do_in_turn(factors):
+    images = torch.rand(6, 3, 20, 20, generator=torch.Generator().manual_seed(1))
+    images[0], images[1, :2], images[2] = 0.5, 0.25, images[2, :1].clone()  # flat, two equal channels, grey
+    brightness, contrast, saturation, hue = factors
+    expected = reference.adjust_brightness(images, brightness)
+    expected = reference.adjust_contrast(expected, contrast)
+    expected = reference.adjust_saturation(expected, saturation)
+    expected = reference.adjust_hue(expected, hue)
+    result = image_ops.jitter_color(images.clone(), torch.tensor([factors]).expand(6, 4).float())
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "color", [(1, 0, 0), (1, 1, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 0, 1), (0, 0, 0), (1, 1, 1)]
+)
+@pytest.mark.parametrize("turns", [-1 / 6, -0.1, 0, 0.1, 1 / 6])
+def test_hue_turns_at_the_corners_of_the_color_cube(color, turns):
+    image = torch.tensor(color, dtype=torch.float32).view(1, 3, 1, 1)
+    result = image_ops.shift_hue(image.clone(), torch.tensor([turns]))
+    torch.testing.assert_close(result, reference.adjust_hue(image, turns), rtol=0, atol=2e-6)
+
+
+def test_jitter_leaves_a_fifth_alone_and_is_uniform_otherwise():
+    factors = augment.jitter_factors(MANY, KEY).double()
+    applied = factors[:, 0] > 0
+    assert stats.binomtest(int(applied.sum()), len(MANY), 0.8).pvalue > 1e-3
+    assert (factors[~applied] == 0).all()
+    for column, (low, high) in zip(factors[applied].T, [(0.6, 1.4)] * 3 + [(-0.1, 0.1)], strict=True):
+        assert stats.kstest(column.numpy(), "uniform", (low, high - low)).pvalue > 1e-3
+
+
+def test_a_fifth_of_the_contrastive_views_is_grey():
+    views = undo(augmentation().contrastive(photos(1, 8).expand(2000, -1, -1, -1), torch.arange(2000), KEY))
+    spread = (views.amax(1) - views.amin(1)).flatten(1).amax(1)
+    grey = augment.coin(torch.arange(2000), KEY, "grey", 0.2)
+    assert stats.binomtest(int(grey.sum()), 2000, 0.2).pvalue > 1e-3
+    assert spread[grey].max() < 1e-6
+    assert spread[~grey].min() > 1e-2
+
+
+@pytest.mark.parametrize("side", [40, 64, 96])
+def test_blur_is_torchvisions_with_each_rows_width(side):
+    images, sigmas = photos(4, side) / 255, torch.tensor([0.1, 0.5, 1.3, 2.0])
+    width = 2 * (side // 20) + 1
+    expected = torch.stack(
+        [
+            reference.gaussian_blur(image, [width, width], [sigma, sigma])
+            for image, sigma in zip(images, sigmas.tolist(), strict=True)
+        ]
+    )
+    torch.testing.assert_close(image_ops.gaussian_blur(images, sigmas), expected, rtol=0, atol=1e-5)
+
+
+def test_half_the_rows_are_blurred_with_uniform_widths():
+    sigmas = augment.blur_sigmas(MANY, KEY).double()
+    assert stats.binomtest(int((sigmas > 0).sum()), len(MANY), 0.5).pvalue > 1e-3
+    assert stats.kstest(sigmas[sigmas > 0].numpy(), "uniform", (0.1, 1.9)).pvalue > 1e-3
+
+
+def roughness(images: Tensor) -> Tensor:
+    return images.diff(dim=-1).abs().mean(dim=(1, 2, 3))
+
+
+def test_blur_is_for_images_of_more_than_32_pixels():
+    draws = torch.arange(300)
+    blurred = augment.blur_sigmas(draws, KEY) > 1
+    clear = augment.blur_sigmas(draws, KEY) == 0
+    for side, is_blurred in ((32, False), (33, True)):
+        noise = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8).expand(300, -1, -1, -1)
+        rough = roughness(augmentation().contrastive(noise, draws, KEY))
+        assert bool(rough[blurred].mean() < 0.6 * rough[clear].mean()) is is_blurred
+
+
+def test_contrastive_views_are_the_operations_one_after_another():
+    images, draws = photos(60, 36), torch.arange(60)
+    boxes, factors = augment.crop_boxes(draws, KEY), augment.jitter_factors(draws, KEY)
+    flips, grey = augment.coin(draws, KEY, "flip", 0.5), augment.coin(draws, KEY, "grey", 0.2)
+    sigmas = augment.blur_sigmas(draws, KEY)
+    twin = []
+    for i in range(60):
+        row = slice(i, i + 1)
+        image = image_ops.resized_crop(images[row] / 255, boxes[row], flips[row])
+        image = image_ops.jitter_color(image, factors[row]) if factors[i, 0] > 0 else image
+        image = reference.rgb_to_grayscale(image, 3) if grey[i] else image
+        image = image_ops.gaussian_blur(image, sigmas[row]) if sigmas[i] > 0 else image
+        twin.append(reference.normalize(image, list(MEAN), list(STD)))
+    result = augmentation().contrastive(images, draws, KEY)
+    torch.testing.assert_close(result, torch.cat(twin), rtol=0, atol=1e-4)
+
+
+# Natural images: weak
+
+
+@pytest.mark.parametrize("side", [8, 32, 37])
+def test_weak_views_are_torchvisions_padded_crop_and_mirror_exactly(side):
+    images, draws, pad = photos(50, side), torch.arange(50), side // 8
+    shifts, flips = augment.crop_shifts(draws, KEY, pad), augment.coin(draws, KEY, "flip", 0.5)
+    twin = []
+    for image, (down, right), flip in zip(images, shifts.tolist(), flips.tolist(), strict=True):
+        crop = reference.crop(reference.pad(image, [pad] * 4), pad + down, pad + right, side, side)
+        twin.append(reference.horizontal_flip(crop) if flip else crop)
+    assert torch.equal(augmentation().weak(images, draws, KEY), augmentation().plain(torch.stack(twin)))
+
+
+def test_weak_shifts_take_every_value_equally_often():
+    shifts = augment.crop_shifts(MANY, KEY, 4)
+    for column in shifts.T:
+        assert stats.chisquare(torch.bincount(column + 4, minlength=9).numpy()).pvalue > 1e-3
+    assert int(shifts.min()) == -4
+    assert int(shifts.max()) == 4
+    assert augment.crop_shifts(MANY, KEY, 0).abs().max() == 0
+
+
+def test_half_of_the_views_are_mirrored():
+    flips = augment.coin(MANY, KEY, "flip", 0.5)
+    assert stats.binomtest(int(flips.sum()), len(MANY), 0.5).pvalue > 1e-3
+
+
+# Natural images: strong
+
+
+def apply_one(name: str, images: Tensor, strength: float) -> Tensor:
+    index = torch.full((len(images),), operations.OPERATIONS.index(name))
+    return operations.apply_operations(images.clone(), index, torch.full((len(images),), strength))
+
+
+def hostile_photos() -> Tensor:
+    """Gradients, and an image of one colour, a black one, one of two levels, one with a rare bright pixel."""
+    images = photos(8, 24)
+    images[0], images[1] = 77, 0
+    images[2] = (images[2] > 100) * 255
+    images[3], images[3, 1, 5, 5] = 10, 250
+    return images
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.31, 0.5, 0.99])
+@pytest.mark.parametrize("name", ["identity", "autocontrast", "equalize", "solarize", "posterize"])
+def test_tone_operations_are_torchvisions(name, strength):
+    images = hostile_photos()
+    expected = {
+        "identity": lambda: images,
+        "autocontrast": lambda: reference.autocontrast(images),
+        "equalize": lambda: reference.equalize(images),
+        "solarize": lambda: reference.solarize(images, 256 * strength),
+        "posterize": lambda: reference.posterize(images, 4 + int(4 * strength)),
+    }[name]()
+    result = apply_one(name, images, strength)
+    if name == "autocontrast":  # a quotient on the edge of a level
+        assert_within_one_level(result, expected, most_different=0.01)
+    else:
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.31, 0.5, 0.99])
+@pytest.mark.parametrize("name", ["brightness", "contrast", "color", "sharpness"])
+def test_enhancers_are_torchvisions_with_factors_from_005_to_095(name, strength):
+    images, factor = hostile_photos(), 0.05 + 0.9 * strength
+    adjust = {
+        "brightness": reference.adjust_brightness,
+        "contrast": reference.adjust_contrast,
+        "color": reference.adjust_saturation,
+        "sharpness": reference.adjust_sharpness,
+    }[name]
+    assert_within_one_level(apply_one(name, images, strength), adjust(images, factor), most_different=0.02)
+
+
+@pytest.mark.parametrize("strength", [0.03, 0.21, 0.5, 0.77, 0.97])
+@pytest.mark.parametrize("name", ["rotate", "shear_x", "shear_y", "translate_x", "translate_y"])
+def test_geometry_is_torchvisions_at_the_nearest_pixel(name, strength):
+    images, amount = photos(5, 31), strength * 2 - 1
+    moves = {
+        "rotate": ([30.0 * amount, 0, 0], [0, 0], None),
+        "shear_x": ([0, math.degrees(math.atan(0.1 * amount)), 0], [0, 0], [0, 0]),
+        "shear_y": ([0, 0, math.degrees(math.atan(0.1 * amount))], [0, 0], [0, 0]),
+        "translate_x": ([0, 0, 0], [-3.1 * amount, 0], None),
+        "translate_y": ([0, 0, 0], [0, -3.1 * amount], None),
+    }
+    (angle, shear_x, shear_y), shift, center = moves[name]
+    # torchvision counts angles clockwise and shifts what is written, not where it is read.
+    result = apply_one(name, images, strength)
+    expected = reference.affine(
+        images,
+        angle=-angle,
+        translate=shift,
+        scale=1.0,
+        shear=[shear_x, shear_y],
+        center=center,
+        interpolation=InterpolationMode.NEAREST,
+        fill=0,
+    )
+    different = (result != expected).any(1).float().mean()
+    assert different < 0.005
+
+
+@pytest.mark.parametrize("name", ["rotate", "shear_x", "shear_y", "translate_x", "translate_y"])
+def test_geometry_of_no_amount_is_the_image_and_of_much_brings_in_black(name):
+    images = photos(4, 32).clamp(min=1)
+    assert torch.equal(apply_one(name, images, 0.5), images)
+    assert (apply_one(name, images, 0.0) == 0).any()
+
+
+def test_a_quarter_turn_is_exact():
+    angle = torch.full((2,), math.pi / 2, dtype=torch.float64)
+    cos, sin = angle.cos(), angle.sin()
+    zero = torch.zeros(2, dtype=torch.float64)
+    matrix = torch.stack((torch.stack((cos, -sin, zero), 1), torch.stack((sin, cos, zero), 1)), 1).float()
+    images = photos(2, 10).float()
+    assert torch.equal(image_ops.warp(images, matrix, mode="nearest"), images.rot90(1, (2, 3)))
+
+
+def test_operations_of_one_batch_do_not_touch_each_others_rows():
+    images, index = photos(28, 20), torch.arange(28) % 14
+    strength = order.uniform(KEY, torch.arange(28))[:, 0]
+    together = operations.apply_operations(images.clone(), index, strength)
+    for i in range(28):
+        row = slice(i, i + 1)
+        assert torch.equal(together[row], operations.apply_operations(images[row].clone(), index[row], strength[row]))
+    assert torch.equal(together[::14], images[::14])
+
+
+def test_operations_are_drawn_evenly_and_independently_of_their_strength():
+    drawn, strengths = augment.drawn_operations(MANY, KEY)
+    for slot in range(4):
+        counts = torch.bincount(drawn[:, slot], minlength=14)
+        assert len(counts) == 14
+        assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+        assert stats.kstest(strengths[:, slot].numpy(), "uniform").pvalue > 1e-3
+        assert stats.kstest(strengths[drawn[:, slot] == 9, slot].numpy(), "uniform").pvalue > 1e-3
+    pairs = torch.bincount(drawn[:, 0] * 14 + drawn[:, 1], minlength=196)
+    assert stats.chisquare(pairs.numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("side", "most"), [(8, 4), (32, 16), (96, 32)])
+def test_holes_have_every_side_up_to_half_the_image_about_every_pixel(side, most):
+    boxes = augment.cutout_boxes(MANY, KEY, side)
+    assert stats.chisquare(torch.bincount(boxes[:, 2], minlength=most + 1)[1:].numpy()).pvalue > 1e-3
+    assert int(boxes[:, 2].max()) == most
+    for k in (0, 1):
+        centers = boxes[:, k] + boxes[:, 2] // 2
+        assert stats.chisquare(torch.bincount(centers, minlength=side).numpy()).pvalue > 1e-3
+
+
+def test_cutout_sets_one_square_to_zero_and_nothing_else():
+    boxes = torch.tensor([[2, 3, 4], [-2, 7, 5], [9, 9, 1], [8, -1, 5]])
+    expected = torch.ones(4, 3, 10, 10)
+    for row, (top, left, side) in zip(expected, boxes.tolist(), strict=True):
+        row[:, max(0, top) : top + side, max(0, left) : left + side] = 0
+    assert torch.equal(image_ops.cut_out(torch.ones(4, 3, 10, 10), boxes), expected)
+
+
+def test_strong_views_are_the_operations_one_after_another():
+    images, draws = photos(40, 32), torch.arange(40)
+    (drawn, strengths), boxes = augment.drawn_operations(draws, KEY), augment.cutout_boxes(draws, KEY, 32)
+    flips = augment.coin(draws, KEY, "flip", 0.5)
+    twin = []
+    for i in range(40):
+        image = images[i : i + 1].flip(-1) if flips[i] else images[i : i + 1]
+        for name, strength in zip(drawn[i].tolist(), strengths[i].tolist(), strict=True):
+            image = apply_one(operations.OPERATIONS[name], image, strength)
+        twin.append(image_ops.cut_out(augmentation().plain(image), boxes[i : i + 1]))
+    assert torch.equal(augmentation().strong(images, draws, KEY), torch.cat(twin))
+
+
+# Digits
+
+
+@pytest.mark.parametrize("most", [augment.DIGITS_STRONG, augment.DIGITS_WEAK])
+def test_digit_warps_are_uniform_in_every_parameter(most):
+    matrices = augment.warp_matrices(MANY, KEY, most).double()
+    angle = torch.atan2(matrices[:, 1, 0], matrices[:, 0, 0])
+    scale = torch.hypot(matrices[:, 1, 0], matrices[:, 0, 0])
+    shear = (matrices[:, 0, 1] * angle.cos() + matrices[:, 1, 1] * angle.sin()) / scale
+    across, down = matrices[:, 0, 2] / 2, matrices[:, 1, 2] / 2
+    ranges = [math.radians(most.degrees), most.log_scale, most.shear, most.shift, most.shift]
+    for values, end in zip([angle, scale.log(), shear, across, down], ranges, strict=True):
+        assert stats.kstest(values.numpy(), "uniform", (-end, 2 * end)).pvalue > 1e-3
+
+
+def test_warp_reads_where_the_matrix_and_the_field_say():
+    images = photos(2, 16).float()
+    one_right = torch.tensor([[[1.0, 0, 2 / 16], [0, 1, 0]]]).expand(2, -1, -1)
+    expected = torch.zeros_like(images)
+    expected[..., :-1] = images[..., 1:]
+    torch.testing.assert_close(image_ops.warp(images, one_right), expected, rtol=0, atol=1e-3)
+    back = torch.zeros(2, 2, 16, 16)
+    back[:, 0] = -2 / 16
+    torch.testing.assert_close(image_ops.warp(images, one_right, back), images, rtol=0, atol=1e-3)
+
+
+def test_warp_is_the_affine_grid_of_torch():
+    images, matrices = photos(8, 17).float(), augment.warp_matrices(torch.arange(8), KEY, augment.DIGITS_STRONG)
+    grid = torch.nn.functional.affine_grid(matrices, [8, 3, 17, 17], align_corners=False)
+    expected = torch.nn.functional.grid_sample(images, grid, align_corners=False)
+    torch.testing.assert_close(image_ops.warp(images, matrices), expected, rtol=0, atol=2e-2)
+
+
+def test_elastic_field_is_a_bicubic_interpolation():
+    points = augment.elastic_points(torch.arange(5), KEY)
+    expected = torch.nn.functional.interpolate(points, size=(16, 16), mode="bicubic", align_corners=True)
+    torch.testing.assert_close(image_ops.elastic_field(points, 16), expected, rtol=0, atol=1e-6)
+
+
+def test_elastic_points_are_gaussian():
+    points = augment.elastic_points(torch.arange(2000), KEY).double().flatten()
+    assert stats.kstest(points[:20_000].numpy(), "norm", (0, 0.08)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7])
+def test_normal_numbers_are_normal_and_uncorrelated_within_a_row(columns):
+    numbers = augment.normal(MANY, KEY, columns).double().numpy()
+    assert numbers.shape == (len(MANY), columns)
+    for column in numbers.T:
+        assert stats.kstest(column, "norm").pvalue > 1e-3
+        assert abs(column.std() - 1) < 0.03
+    for one, other in pairwise(numbers.T):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.035
+
+
+def test_intensity_is_a_power_and_a_gain():
+    tables = augment.intensity_tables(MANY[:5000], KEY).double()[:, 0]
+    assert (tables[:, 0] == 0).all()
+    assert tables.max() <= 1
+    assert (tables.diff(dim=1) >= 0).all()
+    dark = tables[:, [16, 32]]  # below the clamp whatever was drawn
+    gamma = (dark[:, 1] / dark[:, 0]).log() / math.log(2)
+    gain = dark[:, 1] / (32 / 255) ** gamma
+    assert stats.kstest(gamma.log().numpy(), "uniform", (-0.7, 1.4)).pvalue > 1e-3
+    assert stats.kstest(gain.numpy(), "uniform", (0.72, 0.56)).pvalue > 1e-3
+
+
+def test_noise_of_a_digit_is_gaussian_and_the_same_in_all_channels():
+    black = torch.zeros(400, 3, 16, 16, dtype=torch.uint8)
+    views = undo(augmentation("digits").strong(black, torch.arange(400), KEY)).double()
+    assert (views - views[:, :1]).abs().max() < 1e-6
+    assert stats.kstest(views[:80, 0].flatten().numpy(), "norm", (0, 0.05)).pvalue > 1e-3
+
+
+def test_a_digits_contrastive_view_is_its_strong_view():
+    images, draws = photos(5, 16), torch.arange(5)
+    digits = augmentation("digits")
+    assert torch.equal(digits.contrastive(images, draws, KEY), digits.strong(images, draws, KEY))
+
+
+def test_weak_digits_are_never_mirrored():
+    image = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    image[..., :5] = 255
+    views = undo(augmentation("digits").weak(image.expand(200, -1, -1, -1), torch.arange(200), KEY))
+    assert (views[..., :8].mean((1, 2, 3)) > views[..., 8:].mean((1, 2, 3)) + 0.3).all()

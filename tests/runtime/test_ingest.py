@@ -1,0 +1,314 @@
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+
+from spice_ray.errors import DataError, StorageError
+from spice_ray.readers.decode import decode
+from spice_ray.readers.source import open_source
+from spice_ray.runtime.ingest import find_shards, ingest
+from spice_ray.storage import Artifact
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+SIZE = 8
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as folder:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        ray.init(num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+def png(value: int) -> bytes:
+    """A small image whose content follows from ``value``."""
+    pixels = np.random.default_rng(value).integers(0, 256, (SIZE + value % 3, SIZE, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def put(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def shards_of(path: Path, root: Path, *, seed: int = 0, labels: bool = False) -> tuple[Artifact, Artifact | None]:
+    return ingest(open_source(str(path), labels), root, image_size=SIZE, seed=seed)
+
+
+def parts(shards: Artifact) -> list[pa.Table]:
+    return [pq.read_table(shards.path / file["name"]) for file in shards.manifest["files"]]
+
+
+def rows(shards: Artifact) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = pa.concat_tables(parts(shards)).to_pylist()
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def without_source(shards: Artifact) -> list[tuple[object, ...]]:
+    return [(row["sample_id"], row["split"], row["image"]) for row in rows(shards)]
+
+
+MIXED = {
+    **{f"train/{i:02d}.png": png(i) for i in range(20)},
+    **{f"test/{i}.png": png(100 + i) for i in range(5)},
+    **{f"unlabeled/{i}.png": png(200 + i) for i in range(3)},
+}
+
+
+def test_every_image_is_one_row_of_the_layout_in_the_contract(tmp_path: Path) -> None:
+    shards, labels = shards_of(put(tmp_path / "in", MIXED), tmp_path / "out")
+    assert labels is None
+    tables = parts(shards)
+    for table in tables:
+        assert table.schema.names == ["sample_id", "source", "split", "image"]
+        assert table.schema.types == [pa.int64(), pa.string(), pa.string(), pa.binary(3 * SIZE * SIZE)]
+    found = rows(shards)
+    assert [row["sample_id"] for row in found] == list(range(28))
+    assert {row["source"]: row["image"] for row in found} == {
+        name: decode(data, SIZE).tobytes() for name, data in MIXED.items()
+    }
+    assert all(row["split"] == row["source"].split("/")[0] for row in found)
+
+
+def test_the_manifest_counts_what_the_files_hold(tmp_path: Path) -> None:
+    shards, _ = shards_of(put(tmp_path / "in", {**MIXED, "bad.png": b""}), tmp_path / "out")
+    manifest = shards.manifest
+    assert set(manifest) == {
+        "kind",
+        "fingerprint",
+        "format",
+        "num_images",
+        "image_size",
+        "splits",
+        "files",
+        "num_rejects",
+        "digest",
+    }
+    assert (manifest["num_images"], manifest["image_size"], manifest["num_rejects"]) == (28, SIZE, 1)
+    assert manifest["splits"] == {"train": 20, "test": 5, "unlabeled": 3}
+    # 28 rows over 16 files, as numpy.array_split gives them.
+    assert [file["rows"] for file in manifest["files"]] == [2] * 12 + [1] * 4
+    for file, table in zip(manifest["files"], parts(shards), strict=True):
+        splits = table["split"].to_pylist()
+        assert file["splits"] == {split: splits.count(split) for split in set(splits)}
+        assert file["rows"] == len(table)
+    assert sorted(contents(shards.path)) == sorted(
+        [f"part-{i:05d}.parquet" for i in range(16)] + ["manifest.json", "rejects.parquet"]
+    )
+
+
+def test_images_are_stored_uncompressed_and_without_dictionary(tmp_path: Path) -> None:
+    shards, _ = shards_of(put(tmp_path / "in", MIXED), tmp_path / "out")
+    image = pq.read_metadata(shards.path / "part-00000.parquet").row_group(0).column(3)
+    assert image.compression == "UNCOMPRESSED"
+    assert not image.has_dictionary_page
+    assert not image.is_stats_set
+
+
+def test_a_second_ingest_gives_the_same_bytes_and_leaves_nothing_else(tmp_path: Path) -> None:
+    source = put(tmp_path / "in", {**MIXED, "bad.png": b"x"})
+    first, _ = shards_of(source, tmp_path / "a")
+    again, _ = shards_of(source, tmp_path / "b")
+    assert contents(first.path) == contents(again.path)
+    assert shards_of(source, tmp_path / "a")[0] == first
+    assert [entry.name for entry in (tmp_path / "a").iterdir()] == [first.path.name]
+
+
+def test_folder_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
+    images = [png(value) for value in range(50)]
+    folder, _ = shards_of(put(tmp_path / "in", {f"{i}.png": d for i, d in enumerate(images)}), tmp_path / "out")
+    pq.write_table(pa.table({"image": images[25:] + images[:25]}), tmp_path / "all.parquet", row_group_size=7)
+    table, _ = shards_of(tmp_path / "all.parquet", tmp_path / "out")
+    assert without_source(folder) == without_source(table)
+    assert folder.fingerprint != table.fingerprint
+    assert folder.manifest["files"] == table.manifest["files"]
+
+
+def test_the_listing_order_and_the_place_change_nothing(tmp_path: Path) -> None:
+    first, _ = shards_of(put(tmp_path / "in", MIXED), tmp_path / "out")
+    other, _ = shards_of(put(tmp_path / "elsewhere", dict(reversed(MIXED.items()))), tmp_path / "out2")
+    assert contents(first.path) == contents(other.path)
+
+
+def test_the_seed_orders_the_rows_and_the_content_decides_the_digest(tmp_path: Path) -> None:
+    source = put(tmp_path / "in", MIXED)
+    zero, one = shards_of(source, tmp_path / "out", seed=0)[0], shards_of(source, tmp_path / "out", seed=1)[0]
+    assert [row["source"] for row in rows(zero)] != [row["source"] for row in rows(one)]
+    assert sorted(row["source"] for row in rows(zero)) == sorted(row["source"] for row in rows(one))
+    assert [row["source"] for row in rows(zero)] != sorted(MIXED)
+    (source / "train/00.png").write_bytes(png(999))
+    assert shards_of(source, tmp_path / "out")[0].manifest["digest"] != zero.manifest["digest"]
+    (source / "bad.png").write_bytes(b"")
+    assert len({shards_of(source, tmp_path / "out")[0].fingerprint, zero.fingerprint, one.fingerprint}) == 3
+
+
+def test_equal_contents_stand_together_in_the_order_of_their_sources(tmp_path: Path) -> None:
+    # As text #10 comes before #2, though it is read after it.
+    pq.write_table(pa.table({"image": [png(7)] * 12 + [png(50 + i) for i in range(9)]}), tmp_path / "a.parquet")
+    found = rows(shards_of(tmp_path / "a.parquet", tmp_path / "out")[0])
+    equal = [row for row in found if row["image"] == decode(png(7), SIZE).tobytes()]
+    assert [row["source"] for row in equal] == sorted(f"a.parquet#{i}" for i in range(12))
+    assert equal[-1]["sample_id"] - equal[0]["sample_id"] == 11
+    assert len(found) == 21
+
+
+def test_rejects_are_listed_by_source_with_their_reasons(tmp_path: Path) -> None:
+    source = put(tmp_path / "in", {**MIXED, "z.png": b"", "html.jpg": b"<html>", "half.png": png(0)[:90]})
+    (source / "gone.png").symlink_to("nowhere")
+    shards, _ = shards_of(source, tmp_path / "out")
+    assert pq.read_table(shards.path / "rejects.parquet").to_pylist() == [
+        {"source": "gone.png", "reason": "the file cannot be read: No such file or directory"},
+        {"source": "half.png", "reason": "the image data is truncated"},
+        {"source": "html.jpg", "reason": "the file is not an image that can be read"},
+        {"source": "z.png", "reason": "the file is empty"},
+    ]
+    assert len(rows(shards)) == 28
+
+
+def test_fewer_images_than_files_leave_empty_files(tmp_path: Path) -> None:
+    shards, _ = shards_of(put(tmp_path / "in", {"a.png": png(0)}), tmp_path / "out")
+    assert [file["rows"] for file in shards.manifest["files"]] == [1] + [0] * 15
+    assert [len(table) for table in parts(shards)] == [1] + [0] * 15
+
+
+def test_poisoned_labels_change_the_labels_alone(tmp_path: Path) -> None:
+    images = [png(value) for value in range(30)]
+    found = []
+    for run, labels in enumerate(([i % 3 for i in range(30)], ["x"] * 15 + ["y"] * 15, [None] * 30)):
+        (tmp_path / str(run)).mkdir()
+        file = tmp_path / str(run) / "all.parquet"
+        pq.write_table(pa.table({"image": images, "label": pa.array(labels, None if run < 2 else pa.int64())}), file)
+        found.append(shards_of(file, tmp_path / f"out{run}"))
+    assert contents(found[0][0].path) == contents(found[1][0].path) == contents(found[2][0].path)
+    assert [labels and pq.read_table(labels.path / "labels.parquet").num_rows for _, labels in found] == [30, 30, None]
+    assert len({labels.fingerprint for _, labels in found if labels}) == 2
+    assert "label" not in json.dumps(found[0][0].manifest)
+
+
+def test_labels_name_their_rows_in_sample_id_order(tmp_path: Path) -> None:
+    files = {f"{name}/{i}.png": png(i * 3 + k) for i in range(8) for k, name in enumerate(("dog", "cat", "ant"))}
+    shards, labels = shards_of(put(tmp_path / "in", {**files, "unknown.png": png(99)}), tmp_path / "out", labels=True)
+    assert labels is not None
+    assert labels.manifest["shards"] == shards.fingerprint
+    table = pq.read_table(labels.path / "labels.parquet")
+    assert table.schema.names == ["sample_id", "label", "name"]
+    assert table.schema.types == [pa.int64(), pa.int64(), pa.string()]
+    source = {row["sample_id"]: row["source"] for row in rows(shards)}
+    known = sorted(i for i, name in source.items() if name != "unknown.png")
+    names = [source[i].split("/")[0] for i in known]
+    assert table.to_pydict() == {
+        "sample_id": known,
+        "label": [["ant", "cat", "dog"].index(name) for name in names],
+        "name": names,
+    }
+
+
+def test_numbers_as_labels_keep_their_value(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [png(i) for i in range(3)], "label": [10, 2, 10]}), tmp_path / "a.parquet")
+    _, labels = shards_of(tmp_path / "a.parquet", tmp_path / "out")
+    assert labels is not None
+    table = pq.read_table(labels.path / "labels.parquet").to_pydict()
+    assert sorted(table["label"]) == [2, 10, 10]
+    assert table["name"] == [str(label) for label in table["label"]]
+
+
+def test_shards_are_the_same_with_and_without_labels_from_folders(tmp_path: Path) -> None:
+    source = put(tmp_path / "in", {f"{i % 3}/{i}.png": png(i) for i in range(12)})
+    with_labels, labels = shards_of(source, tmp_path / "a", labels=True)
+    without, none = shards_of(source, tmp_path / "b")
+    assert contents(with_labels.path) == contents(without.path)
+    assert labels is not None
+    assert none is None
+
+
+def test_a_data_set_of_several_buckets_is_ordered_as_one(tmp_path: Path) -> None:
+    # 1300 rows of 150 kB make 200 MB: four buckets and sixteen parts that do not end where buckets end.
+    pq.write_table(pa.table({"image": [png(i) for i in range(1300)]}), tmp_path / "a.parquet", row_group_size=100)
+    small, _ = shards_of(tmp_path / "a.parquet", tmp_path / "out")
+    large, _ = ingest(open_source(str(tmp_path / "a.parquet")), tmp_path / "out", image_size=224, seed=0)
+    assert [row["source"] for row in rows(small)] == [
+        source for table in parts(large) for source in table["source"].to_pylist()
+    ]
+    assert {file["rows"] for file in large.manifest["files"]} == {81, 82}
+    assert small.manifest["digest"] == large.manifest["digest"]
+
+
+def test_progress_ends_at_the_number_of_images_and_rejects(tmp_path: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    source = open_source(str(put(tmp_path / "in", {**MIXED, "bad.png": b""})))
+    ingest(source, tmp_path / "out", image_size=SIZE, seed=0, progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert seen[-1] == (29, 29)
+
+
+def test_nothing_readable_is_an_error_that_names_the_first(tmp_path: Path) -> None:
+    source = put(tmp_path / "in", {"b.png": b"", "a.png": b"text"})
+    with pytest.raises(DataError, match=r"none of the 2 images could be read, the first is a\.png"):
+        shards_of(source, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_source_that_was_emptied_meanwhile_is_an_error(tmp_path: Path) -> None:
+    source = open_source(str(put(tmp_path / "in", {"a.png": png(0)})))
+    (tmp_path / "in/a.png").unlink()
+    with pytest.raises(DataError, match="holds no image any more"):
+        ingest(source, tmp_path / "out", image_size=SIZE, seed=0)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(StorageError, match="out cannot be written"):
+        shards_of(put(tmp_path / "in", {"a.png": png(0)}), tmp_path / "out")
+
+
+def test_shards_are_found_by_their_own_folder_and_by_the_one_that_holds_them(tmp_path: Path) -> None:
+    source, out = put(tmp_path / "in", {f"{i % 2}/{i}.png": png(i) for i in range(4)}), tmp_path / "out"
+    shards, labels = shards_of(source, out, labels=True)
+    assert find_shards(out) == (shards, labels)
+    assert find_shards(shards.path) == (shards, labels)
+    assert labels is not None
+    shutil.rmtree(labels.path)
+    assert find_shards(out) == (shards, None)
+    other, _ = shards_of(source, out, seed=1)
+    assert find_shards(out) is None
+    assert find_shards(other.path) == (other, None)
+    os.remove(other.path / "manifest.json")
+    assert find_shards(other.path) is None
+    assert find_shards(out) == (shards, None)
+
+
+def test_two_sets_of_labels_for_the_same_shards_are_an_error(tmp_path: Path) -> None:
+    images = [png(value) for value in range(4)]
+    for labels in ([0, 0, 1, 1], [0, 1, 0, 1]):
+        pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "a.parquet")
+        shards_of(tmp_path / "a.parquet", tmp_path / "out")
+    with pytest.raises(DataError, match="2 sets of labels"):
+        find_shards(tmp_path / "out")
+
+
+def test_a_path_without_shards_gives_none(tmp_path: Path) -> None:
+    assert find_shards(tmp_path) is None
+    assert find_shards(tmp_path / "nowhere") is None
+    assert find_shards(tmp_path / "shards-0123") is None

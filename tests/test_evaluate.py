@@ -1,0 +1,317 @@
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from spice_ray.errors import DataError, StorageError
+from spice_ray.evaluate import clustering_accuracy, evaluate, kmeans_labels, many_to_one_accuracy, scores
+from spice_ray.storage import publish, write_json
+
+NUM_IMAGES, SIZE = 40, 8
+
+
+def make_run(
+    folder: Path,
+    *,
+    classes: list[int | None] | None = None,
+    clusters: list[int] | None = None,
+    head_clusters: list[int] | None = None,
+    splits: list[str] | None = None,
+    reliable: list[bool | None] | None = None,
+    protocol: str = "whole",
+    num_clusters: int = 2,
+) -> Path:
+    """A finished run of 40 images in two classes, dark and bright; perfect unless told otherwise."""
+    truth = np.arange(NUM_IMAGES) % 2
+    classes = truth.tolist() if classes is None else classes
+    clusters = (1 - truth).tolist() if clusters is None else clusters
+    head_clusters = clusters if head_clusters is None else head_clusters
+    splits = ["train"] * NUM_IMAGES if splits is None else splits
+    reliable = [True] * NUM_IMAGES if reliable is None else reliable
+    data, artifacts = folder / "data", folder / "run" / "artifacts"
+    publish(data, "shards", "a", lambda to: write_shards(to, splits))
+    publish(data, "labels", "b", lambda to: write_labels(to, classes))
+    publish(artifacts, "embedding", "c", write_embedding)
+    publish(artifacts, "heads", "d", lambda to: save(to / "assignments.npy", np.asarray(head_clusters)))
+    table = {
+        "sample_id": np.arange(NUM_IMAGES)[::-1],
+        "source": [f"{i}.png" for i in range(NUM_IMAGES)][::-1],
+        "split": splits[::-1],
+        "cluster": pa.array(clusters[::-1], pa.int32()),
+        "confidence": np.ones(NUM_IMAGES, np.float32),
+        "consistency": np.ones(NUM_IMAGES),
+        "reliable": reliable[::-1],
+    }
+    pq.write_table(pa.table(table), folder / "run" / "assignments.parquet")
+    prints = {"shards": "a", "labels": "b", "embedding": "c", "heads": "d", "joint": None, "assignments": "e"}
+    recipe = {"num_clusters": num_clusters, "seed": 3, "protocol": protocol}
+    write_json(folder / "run" / "run.json", {"artifacts": prints, "shards_root": "../data", "recipe": recipe})
+    write_json(folder / "run" / "timing.json", {"pretrain": 1.5, "heads": 0.5})
+    return folder / "run"
+
+
+def save(file: Path, array: Any) -> dict[str, Any]:
+    np.save(file, array)
+    return {}
+
+
+def write_shards(to: Path, splits: list[str]) -> dict[str, Any]:
+    """Two files of unequal length and an empty one; odd images are bright."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 40, (NUM_IMAGES, 3 * SIZE**2), np.uint8) + 200 * (np.arange(NUM_IMAGES) % 2)[:, None]
+    column = pa.array([row.astype(np.uint8).tobytes() for row in images], pa.binary(3 * SIZE**2))
+    table = pa.table({"sample_id": np.arange(NUM_IMAGES), "split": splits, "image": column})
+    bounds = {"part-00000.parquet": (0, 27), "part-00001.parquet": (27, 27), "part-00002.parquet": (27, NUM_IMAGES)}
+    for name, (first, last) in bounds.items():
+        pq.write_table(table.slice(first, last - first), to / name)
+    files = [{"name": name, "rows": last - first, "splits": {}} for name, (first, last) in bounds.items()]
+    return {"num_images": NUM_IMAGES, "image_size": SIZE, "files": files}
+
+
+def write_labels(to: Path, classes: list[int | None]) -> dict[str, Any]:
+    known = [(i, label) for i, label in enumerate(classes) if label is not None]
+    ids, labels = [i for i, _ in known], [label for _, label in known]
+    columns = {"sample_id": pa.array(ids, pa.int64()), "label": pa.array(labels, pa.int64())}
+    pq.write_table(pa.table({**columns, "name": [str(label) for label in labels]}), to / "labels.parquet")
+    return {"shards": "a", "num_labels": len(known)}
+
+
+def write_embedding(to: Path) -> dict[str, Any]:
+    """Unit rows that k-means splits into the two classes."""
+    angle = np.arange(NUM_IMAGES) % 2 * 1.5 + np.linspace(0, 0.1, NUM_IMAGES)
+    return save(to / "embedding.npy", np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32))
+
+
+def change_record(run: Path, **values: Any) -> None:
+    record = json.loads((run / "run.json").read_text())
+    write_json(run / "run.json", {**record, **values})
+
+
+def method(result: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(row for row in result["rows"] if row["method"] == name)
+
+
+def slow_accuracy(labels_true: list[int], labels_pred: list[int]) -> float:
+    classes, clusters = sorted(set(labels_true)), sorted(set(labels_pred))
+    # Padding with classes that nobody has makes every injection a permutation.
+    classes += [-1 - i for i in range(len(clusters))]
+    best = 0
+    for chosen in itertools.permutations(classes, len(clusters)):
+        match = dict(zip(clusters, chosen, strict=True))
+        best = max(best, sum(match[p] == t for t, p in zip(labels_true, labels_pred, strict=True)))
+    return best / len(labels_true)
+
+
+def test_accuracy_is_one_under_any_renaming_of_the_clusters() -> None:
+    truth = np.array([0, 0, 1, 1, 2, 2])
+    for names in itertools.permutations([7, 3, 100]):
+        assert clustering_accuracy(truth, np.array(names)[truth]) == 1.0
+
+
+@pytest.mark.parametrize(("num_classes", "num_clusters"), [(3, 3), (2, 4), (4, 2), (1, 3), (3, 1)])
+def test_accuracy_equals_the_best_of_all_matchings(num_classes: int, num_clusters: int) -> None:
+    rng = np.random.default_rng(num_classes * 10 + num_clusters)
+    for _ in range(5):
+        truth, found = rng.integers(0, num_classes, 25), rng.integers(0, num_clusters, 25)
+        assert clustering_accuracy(truth, found) == pytest.approx(slow_accuracy(truth.tolist(), found.tolist()))
+
+
+def test_many_to_one_lets_clusters_share_a_class_and_accuracy_does_not() -> None:
+    truth, found = np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 1, 1, 2, 1])
+    assert clustering_accuracy(truth, found) == pytest.approx(3 / 6)
+    assert many_to_one_accuracy(truth, found) == pytest.approx(5 / 6)
+
+
+def test_scores_name_both_averages_and_count_images_and_filled_clusters() -> None:
+    # Entropies log 2 and 1.5 log 2, mutual information log 2: 2 / 2.5 and 1 / sqrt(1.5).
+    found = scores(np.array([0, 0, 1, 1]), np.array([5, 5, 6, 9]))
+    assert found.nmi == pytest.approx(0.8)
+    assert found.nmi_geometric == pytest.approx(1.5**-0.5)
+    assert found.acc == pytest.approx(0.75)
+    # Pairs: 1 together in both, 2 in the classes, 1 in the clusters, 6 in all.
+    assert found.ari == pytest.approx((1 - 2 / 6) / (1.5 - 2 / 6))
+    assert (found.n, found.k, found.many_to_one) == (4, 3, 1.0)
+
+
+def test_one_cluster_for_everything_scores_the_largest_class_and_no_information() -> None:
+    found = scores(np.array([0, 0, 0, 1]), np.zeros(4, np.int64))
+    assert (found.acc, found.nmi, found.ari) == (0.75, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(("num_true", "num_pred"), [(3, 4), (0, 0)])
+def test_classes_and_clusters_of_different_images_are_refused(num_true: int, num_pred: int) -> None:
+    with pytest.raises(ValueError, match=rf"shapes \({num_true},\) and \({num_pred},\)"):
+        scores(np.zeros(num_true, np.int64), np.zeros(num_pred, np.int64))
+
+
+def test_kmeans_finds_separated_groups_and_repeats_itself_under_one_seed() -> None:
+    rng = np.random.default_rng(0)
+    truth = np.repeat([0, 1, 2], 20)
+    features = (np.eye(3)[truth] * 10 + rng.normal(size=(60, 3))).astype(np.float32)
+    found = kmeans_labels(features, 3, seed=1)
+    assert clustering_accuracy(truth, found) == 1.0
+    assert np.array_equal(found, kmeans_labels(features, 3, seed=1))
+
+
+def test_kmeans_of_more_than_twenty_million_values_still_finds_the_groups() -> None:
+    truth = np.arange(11_000) % 2
+    features = np.random.default_rng(0).random((11_000, 2_000), np.float32)
+    features += truth[:, None].astype(np.float32)
+    assert features.size > 2e7
+    assert clustering_accuracy(truth, kmeans_labels(features, 2, seed=0)) == 1.0
+
+
+def test_a_perfect_run_scores_one_everywhere_and_the_file_holds_what_is_returned(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    result = evaluate(run)
+    assert (result["acc"], result["nmi"], result["ari"], result["n"], result["k"]) == (1.0, 1.0, 1.0, 40, 2)
+    assert [(row["method"], row["acc"]) for row in result["rows"]] == [
+        ("k-means on pixels", 1.0),
+        ("k-means on the embedding", 1.0),
+        ("SPICE_s", 1.0),
+        ("SPICE", 1.0),
+    ]
+    assert result["seconds"] == {"pretrain": 1.5, "heads": 0.5}
+    assert result["reliable"] == {"count": 40, "share": 1.0, "acc": 1.0}
+    assert json.loads((run / "scores.json").read_text()) == result
+
+
+def test_each_method_is_scored_on_its_own_labels(tmp_path: Path) -> None:
+    truth = np.arange(NUM_IMAGES) % 2
+    clusters, head_clusters = truth.copy(), truth.copy()
+    clusters[:4] = 1 - clusters[:4]
+    head_clusters[:10] = 1 - head_clusters[:10]
+    result = evaluate(make_run(tmp_path, clusters=clusters.tolist(), head_clusters=head_clusters.tolist()))
+    assert result["acc"] == method(result, "SPICE")["acc"] == pytest.approx(0.9)
+    assert method(result, "SPICE_s")["acc"] == pytest.approx(0.75)
+    assert method(result, "k-means on pixels")["acc"] == 1.0
+
+
+def test_protocol_split_scores_the_test_images_and_the_reliable_ones_of_training(tmp_path: Path) -> None:
+    truth = np.arange(NUM_IMAGES) % 2
+    clusters = truth.copy()
+    clusters[:30] = 0  # wrong for half of the 30 training images, right for the 10 test images
+    splits = ["train"] * 20 + ["unlabeled"] * 10 + ["test"] * 10
+    reliable = [i in (0, 2, 1) or (None if i >= 30 else False) for i in range(NUM_IMAGES)]
+    run = make_run(tmp_path, clusters=clusters.tolist(), splits=splits, reliable=reliable, protocol="split")
+    result = evaluate(run)
+    assert (result["acc"], result["n"], result["protocol"]) == (1.0, 10, "split")
+    assert result["reliable"] == {"count": 3, "share": 0.1, "acc": pytest.approx(2 / 3)}
+
+
+def test_images_without_a_label_count_for_nothing(tmp_path: Path) -> None:
+    classes: list[int | None] = [i % 2 if i < 15 else None for i in range(NUM_IMAGES)]
+    clusters = [i % 2 if i < 15 else 0 for i in range(NUM_IMAGES)]
+    result = evaluate(make_run(tmp_path, classes=classes, clusters=clusters))
+    assert (result["acc"], result["n"], method(result, "k-means on pixels")["acc"]) == (1.0, 15, 1.0)
+
+
+def test_fewer_scored_images_than_clusters_leave_kmeans_null(tmp_path: Path) -> None:
+    classes: list[int | None] = [i % 2 if i < 3 else None for i in range(NUM_IMAGES)]
+    result = evaluate(make_run(tmp_path, classes=classes, num_clusters=4))
+    assert method(result, "k-means on pixels") == {"method": "k-means on pixels", "acc": None, "nmi": None, "ari": None}
+    assert method(result, "SPICE")["acc"] == 1.0
+
+
+def test_a_run_without_reliable_labels_has_a_share_of_zero_and_no_accuracy(tmp_path: Path) -> None:
+    result = evaluate(make_run(tmp_path, reliable=[False] * NUM_IMAGES))
+    assert result["reliable"] == {"count": 0, "share": 0.0, "acc": None}
+
+
+def test_a_run_whose_data_had_no_labels_says_where_the_clusters_are(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    artifacts = json.loads((run / "run.json").read_text())["artifacts"]
+    change_record(run, artifacts={**artifacts, "labels": None})
+    with pytest.raises(DataError, match=r"no labels, so there is nothing to score.*assignments\.parquet"):
+        evaluate(run)
+    assert not (run / "scores.json").exists()
+
+
+def test_labels_on_no_image_that_is_scored_are_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="protocol=split"):
+        evaluate(make_run(tmp_path, protocol="split"))
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "run/run.json",
+        "run/timing.json",
+        "run/assignments.parquet",
+        "run/artifacts/heads-d",
+        "run/artifacts/heads-d/assignments.npy",
+        "run/artifacts/embedding-c/manifest.json",
+        "data/labels-b/labels.parquet",
+        "data/shards-a/part-00002.parquet",
+    ],
+)
+def test_whatever_is_missing_is_a_storage_error_that_names_it(tmp_path: Path, missing: str) -> None:
+    run = make_run(tmp_path)
+    path = tmp_path / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    name = path.parent.name if path.name == "manifest.json" else path.name
+    with pytest.raises(StorageError, match=name):
+        evaluate(run)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "run/run.json",
+        "run/assignments.parquet",
+        "run/artifacts/heads-d/assignments.npy",
+        "run/artifacts/embedding-c/embedding.npy",
+        "data/labels-b/labels.parquet",
+        "data/shards-a/part-00000.parquet",
+    ],
+)
+@pytest.mark.parametrize("share_left", [0, 0.6])
+def test_a_truncated_file_is_a_storage_error_that_names_it(tmp_path: Path, damaged: str, share_left: float) -> None:
+    run = make_run(tmp_path)
+    content = (tmp_path / damaged).read_bytes()
+    (tmp_path / damaged).write_bytes(content[: int(share_left * len(content))])
+    with pytest.raises(StorageError, match=Path(damaged).name):
+        evaluate(run)
+
+
+def test_heads_of_another_number_of_images_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    np.save(run / "artifacts" / "heads-d" / "assignments.npy", np.zeros(NUM_IMAGES - 1, np.int64))
+    with pytest.raises(StorageError, match="39 rows for 40 images"):
+        evaluate(run)
+
+
+def test_labels_beyond_the_images_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    write_labels(tmp_path / "data" / "labels-b", [0] * (NUM_IMAGES + 1))
+    with pytest.raises(StorageError, match="beyond the 40"):
+        evaluate(run)
+
+
+def test_assignments_that_list_an_image_twice_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    table = pq.read_table(run / "assignments.parquet")
+    pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), run / "assignments.parquet")
+    with pytest.raises(StorageError, match="every image once"):
+        evaluate(run)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        ["not", "a", "run"],
+        {"recipe": {"num_clusters": 2}, "source": {}},
+        {"artifacts": {"shards": "a"}, "recipe": {}, "shards_root": "../data"},
+    ],
+)
+def test_the_record_of_an_unfinished_run_or_of_something_else_is_refused(tmp_path: Path, record: Any) -> None:
+    run = make_run(tmp_path)
+    write_json(run / "run.json", record)
+    with pytest.raises(StorageError, match="not of a finished run"):
+        evaluate(run)
