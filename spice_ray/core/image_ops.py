@@ -175,7 +175,7 @@ def jitter_color(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue of HSV and keep saturation and value, as torchvision's adjust_hue.
+    """Turn the hue of HSV and keep saturation and value, as torchvision's adjust_hue; writes over ``images``.
 
     A channel is at its maximum within one sextant of its primary colour, at its minimum beyond two, and linear between.
 
@@ -197,10 +197,11 @@ def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     steep = slope.abs().mul_(2).sub_(3)
     hue = (red - low).mul_(per_chroma).sub_(0.5).mul_(steep).add_(1.5)
     hue = hue.copysign_(slope).add_(turns.view(-1, 1, 1) * 6)  # [-4, 4]
-    primaries = ((torch.arange(1, 4, device=images.device) % 3 - 1) * 2.0).view(3, 1, 1)  # 0, 2, -2
+    low.sub_(chroma)
     # Distance d on the circle of 6: |hue - primary| <= 6, so 3 - d = ||hue - primary| - 3|; clamp(2 - d, 0, 1) is left.
-    weight = (hue[:, None] - primaries).abs_().sub_(3).abs_().clamp_(1, 2)
-    return weight.mul_(chroma[:, None]).add_(low.sub_(chroma)[:, None])
+    for channel, primary in zip((red, green, blue), (0, 2, -2), strict=True):
+        torch.sub(hue, primary, out=channel).abs_().sub_(3).abs_().clamp_(1, 2).mul_(chroma).add_(low)
+    return images
 
 
 def gaussian_blur(images: Tensor, sigmas: Tensor) -> Tensor:
