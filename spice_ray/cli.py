@@ -68,9 +68,7 @@ def ingest(
 ) -> None:
     """Decode images once into shards that any number of runs can share."""
     found = workflow.open_source(source, labels_from_folders)
-    shards = workflow.ingest(
-        found, out, image_size=size, seed=seed, reporter=ConsoleReporter(), verbose=verbose
-    )
+    shards = workflow.ingest(found, out, image_size=size, seed=seed, reporter=ConsoleReporter(), verbose=verbose)
     typer.echo(f"{shards.manifest['num_images']} images in {shards.path}, {shards.manifest['num_rejects']} rejected")
 
 
@@ -80,8 +78,9 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Score a run against the labels of its data, beside k-means."""
-    from spice_ray.evaluate import evaluate as score
     from rich.console import Console
+
+    from spice_ray.evaluate import evaluate as score
 
     result = score(run)
     if as_json:

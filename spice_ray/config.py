@@ -18,9 +18,7 @@ from spice_ray.errors import ConfigError
 Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["sgd", "adamw"]
 Views = Literal["natural", "digits", "none"]
-EncoderName = Literal[
-    "convnet", "resnet18_small", "resnet34_small", "resnet18", "resnet34", "wrn28_2", "wrn28_8"
-]
+EncoderName = Literal["convnet", "resnet18_small", "resnet34_small", "resnet18", "resnet34", "wrn28_2", "wrn28_8"]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -74,8 +72,9 @@ class Pretrain(Settings):
                 "batch-norm groups; raise the batch size or lower the lanes"
             )
         keys = self.batch_size * (2 if self.symmetric else 1)
-        _divides("pretrain.batch_size" + (" twice" if self.symmetric else ""), keys, "pretrain.queue_size",
-                 self.queue_size)
+        _divides(
+            "pretrain.batch_size" + (" twice" if self.symmetric else ""), keys, "pretrain.queue_size", self.queue_size
+        )
         return self
 
 
@@ -200,8 +199,10 @@ class Sweep(Settings):
         for key in self.space:
             check_key(key)
             if key.partition(".")[0] not in SWEPT_SECTIONS:
-                raise ValueError(f"{key} is shared by all trials of a sweep; a sweep varies keys of "
-                                 f"{' and '.join(SWEPT_SECTIONS)}, such as joint.confidence")
+                raise ValueError(
+                    f"{key} is shared by all trials of a sweep; a sweep varies keys of "
+                    f"{' and '.join(SWEPT_SECTIONS)}, such as joint.confidence"
+                )
         return self
 
 
@@ -361,8 +362,10 @@ def _find_recipe(name_or_path: str) -> Any:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise ConfigError(f"recipe file {name_or_path} does not exist; give a YAML file or one of the recipes "
-                              f"{', '.join(recipe_names())}")
+            raise ConfigError(
+                f"recipe file {name_or_path} does not exist; give a YAML file or one of the recipes "
+                f"{', '.join(recipe_names())}"
+            )
         return path
     raise ConfigError(f"unknown recipe {name_or_path!r}; {_nearest(name_or_path, recipe_names())}")
 

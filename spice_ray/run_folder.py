@@ -1,11 +1,11 @@
 """The folder of a run: whose settings it holds, where its artifacts are, and what it gives to its user.
 
-    run.json               the recipe without scale, where the images came from, the artifacts of the result
-    artifacts/             what each stage left behind
-    assignments.parquet    the product: one row per image that was read
-    rejects.parquet        one row per image that was not
-    timing.json            seconds per stage
-    checkpoints/, progress/   of stages under way; may be deleted
+run.json               the recipe without scale, where the images came from, the artifacts of the result
+artifacts/             what each stage left behind
+assignments.parquet    the product: one row per image that was read
+rejects.parquet        one row per image that was not
+timing.json            seconds per stage
+checkpoints/, progress/   of stages under way; may be deleted
 """
 
 import os

@@ -39,7 +39,9 @@ class Artifact:
         """
         file = self.path / name
         if not file.exists():
-            raise StorageError(f"{file} is missing from a finished artifact; delete the folder {self.path} and run again")
+            raise StorageError(
+                f"{file} is missing from a finished artifact; delete the folder {self.path} and run again"
+            )
         return file
 
 
@@ -139,5 +141,7 @@ def _reporting_disk_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{root} cannot be written ({error.strerror or error}); free some space or choose another "
-                           "--out, then run the same command again") from error
+        raise StorageError(
+            f"{root} cannot be written ({error.strerror or error}); free some space or choose another "
+            "--out, then run the same command again"
+        ) from error

@@ -56,8 +56,9 @@ def run(prepared: Prepared, reporter: Reporter, *, verbose: bool = False) -> Art
         return _pipeline(prepared, reporter).finish()
 
 
-def sweep(prepared: Prepared, settings: Sweep, name: str, reporter: Reporter, *, verbose: bool = False
-          ) -> list[dict[str, Any]]:
+def sweep(
+    prepared: Prepared, settings: Sweep, name: str, reporter: Reporter, *, verbose: bool = False
+) -> list[dict[str, Any]]:
     """Stages 1 and 2 where they are missing, then the trials, ranked by the unsupervised loss; best first.
 
     Raises:
@@ -72,8 +73,9 @@ def sweep(prepared: Prepared, settings: Sweep, name: str, reporter: Reporter, *,
         return run_sweep(_pipeline(prepared, reporter), settings, name)
 
 
-def ingest(source: Source, out: Path, *, image_size: int, seed: int, reporter: Reporter, verbose: bool = False
-           ) -> Artifact:
+def ingest(
+    source: Source, out: Path, *, image_size: int, seed: int, reporter: Reporter, verbose: bool = False
+) -> Artifact:
     """Make image shards.
 
     Raises:
@@ -140,8 +142,9 @@ def _shards(prepared: Prepared, reporter: Reporter) -> tuple[Artifact, Artifact 
     return found
 
 
-def _ingest(source: Source, root: Path, image_size: int, seed: int, reporter: Reporter
-            ) -> tuple[Artifact, Artifact | None]:
+def _ingest(
+    source: Source, root: Path, image_size: int, seed: int, reporter: Reporter
+) -> tuple[Artifact, Artifact | None]:
     from spice_ray.runtime.ingest import ingest as ingest_source
 
     with reporter.stage("ingest", "images") as show:
@@ -163,5 +166,7 @@ def _open_shards(path: Path) -> tuple[Artifact, Artifact | None]:
 
     found = find_shards(path)
     if found is None:
-        raise DataError(f"{path} does not hold exactly one finished set of image shards; ingest into a folder of its own")
+        raise DataError(
+            f"{path} does not hold exactly one finished set of image shards; ingest into a folder of its own"
+        )
     return found

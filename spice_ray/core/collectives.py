@@ -1,7 +1,7 @@
 """The few collective operations of training: each is the identity where there is one worker.
 
-G lanes are spread over W workers, L = G / W consecutive lanes each. A worker's rows come interleaved, row i * L + l from
-its lane l; a global batch is interleaved in the same way over all G lanes.
+G lanes are spread over W workers, L = G / W consecutive lanes each. A worker's rows come interleaved, row i * L + l
+from its lane l; a global batch is interleaved in the same way over all G lanes.
 """
 
 import torch

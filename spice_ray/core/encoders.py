@@ -8,8 +8,6 @@ its query by shared batch statistics (MoCo, section 3.3 "Shuffling BN").
 from collections.abc import Callable
 from typing import cast
 
-import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -80,13 +78,15 @@ def convnet() -> Encoder:
     return Encoder(nn.Sequential(*layers), 128)
 
 
-def resnet(constructor: Callable[..., nn.Module], *, small: bool) -> Encoder:
-    """A torchvision ResNet without its classifier.
+def resnet(name: str, *, small: bool) -> Encoder:
+    """The torchvision ResNet called ``name``, without its classifier.
 
     ``small`` replaces the ImageNet stem by one 3x3 convolution of stride 1 without max-pool, as is usual at 32 pixels;
     at 96 pixels it costs 15 times the ImageNet stem's arithmetic.
     """
-    net = constructor(weights=None, norm_layer=LaneBatchNorm2d)
+    from torchvision.models import get_model  # 2 s of import that the workers of other encoders need not wait for
+
+    net = get_model(name, weights=None, norm_layer=LaneBatchNorm2d)
     stem = [net.conv1, net.bn1, net.relu, net.maxpool]
     if small:
         stem = [nn.Conv2d(3, 64, 3, padding=1, bias=False), LaneBatchNorm2d(64), nn.ReLU()]
@@ -124,10 +124,10 @@ def wide_resnet(depth: int, widen: int) -> Encoder:
 
 _BUILDERS: dict[str, Callable[[], Encoder]] = {
     "convnet": convnet,
-    "resnet18_small": lambda: resnet(torchvision.models.resnet18, small=True),
-    "resnet34_small": lambda: resnet(torchvision.models.resnet34, small=True),
-    "resnet18": lambda: resnet(torchvision.models.resnet18, small=False),
-    "resnet34": lambda: resnet(torchvision.models.resnet34, small=False),
+    "resnet18_small": lambda: resnet("resnet18", small=True),
+    "resnet34_small": lambda: resnet("resnet34", small=True),
+    "resnet18": lambda: resnet("resnet18", small=False),
+    "resnet34": lambda: resnet("resnet34", small=False),
     "wrn28_2": lambda: wide_resnet(28, 2),
     "wrn28_8": lambda: wide_resnet(28, 8),
 }

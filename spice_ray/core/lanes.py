@@ -32,8 +32,9 @@ class Lanes(Protocol):
 class LaneImages:
     """The images of the lanes that one worker serves, resident on its device."""
 
-    def __init__(self, images: Tensor, sample_ids: Tensor, lane_ids: list[int], rows_per_file: list[list[int]],
-                 num_lanes: int) -> None:
+    def __init__(
+        self, images: Tensor, sample_ids: Tensor, lane_ids: list[int], rows_per_file: list[list[int]], num_lanes: int
+    ) -> None:
         """Take hold of resident images.
 
         Args:

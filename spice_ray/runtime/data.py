@@ -66,8 +66,10 @@ def check_lanes(shards: Shards, num_lanes: int, name: str) -> None:
     """
     for lane in range(num_lanes):
         if not any(file.num_train for file in shards.files[lane::num_lanes]):
-            raise ConfigError(f"{name}={num_lanes} leaves lane {lane} without an image of {shards.num_train}; "
-                              f"lower {name} to a divisor of its value")
+            raise ConfigError(
+                f"{name}={num_lanes} leaves lane {lane} without an image of {shards.num_train}; "
+                f"lower {name} to a divisor of its value"
+            )
 
 
 def images_of(table: pa.Table, image_size: int) -> NDArray[np.uint8]:

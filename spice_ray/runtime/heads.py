@@ -30,8 +30,9 @@ class HeadActor:
         self._device = torch.device("cuda" if scale.head_gpus else "cpu")
         self._writer = ProgressWriter(progress, writer)
 
-    def train(self, bank: list["ray.ObjectRef[NDArray[np.float32]]"], indices: list[int],
-              train_ids: NDArray[np.int64]) -> list[TrainedHead]:
+    def train(
+        self, bank: list["ray.ObjectRef[NDArray[np.float32]]"], indices: list[int], train_ids: NDArray[np.int64]
+    ) -> list[TrainedHead]:
         """Train the heads numbered ``indices`` on the shared bank."""
         recipe, shared = self._recipe, Bank(*ray.get(bank))
         done, total = 0, len(indices) * recipe.heads.epochs
@@ -73,8 +74,9 @@ def num_actors(recipe: Recipe, scale: Scale) -> int:
     return min(room, recipe.heads.count)
 
 
-def train_heads(recipe: Recipe, scale: Scale, bank: Bank, train_ids: NDArray[np.int64], progress: Path
-                ) -> list[TrainedHead]:
+def train_heads(
+    recipe: Recipe, scale: Scale, bank: Bank, train_ids: NDArray[np.int64], progress: Path
+) -> list[TrainedHead]:
     """Train all heads; which actor trains a head has no influence on it."""
     refs = [ray.put(np.asarray(array)) for array in bank]
     count = num_actors(recipe, scale)

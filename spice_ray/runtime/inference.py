@@ -195,7 +195,11 @@ def training_ids(shards: Shards) -> NDArray[np.int64]:
 
 def _column(shards: Shards, name: str) -> pa.ChunkedArray:
     return pa.chunked_array(
-        [chunk for file in shards.files for chunk in pq.read_table(shards.path / file.name, columns=[name])[name].chunks],
+        [
+            chunk
+            for file in shards.files
+            for chunk in pq.read_table(shards.path / file.name, columns=[name])[name].chunks
+        ],
         pa.string(),
     )
 
@@ -203,15 +207,17 @@ def _column(shards: Shards, name: str) -> pa.ChunkedArray:
 def _assignments(logits: NDArray[np.float32], reliable: Any, shards: Shards, *, skipped: bool) -> pa.Table:
     confidence, cluster = torch.from_numpy(logits).softmax(dim=1).max(dim=1)
     kept = reliable.weights.numpy() > 0
-    return pa.table({
-        "sample_id": np.arange(len(logits)),
-        "source": _column(shards, "source"),
-        "split": _column(shards, "split"),
-        "cluster": cluster.numpy(),
-        "confidence": confidence.numpy(),
-        "consistency": pa.array(reliable.consistency.numpy(), from_pandas=True),
-        "reliable": np.zeros_like(kept) if skipped else kept,
-    })
+    return pa.table(
+        {
+            "sample_id": np.arange(len(logits)),
+            "source": _column(shards, "source"),
+            "split": _column(shards, "split"),
+            "cluster": cluster.numpy(),
+            "confidence": confidence.numpy(),
+            "consistency": pa.array(reliable.consistency.numpy(), from_pandas=True),
+            "reliable": np.zeros_like(kept) if skipped else kept,
+        }
+    )
 
 
 def _job(model: Artifact, recipe: Recipe, shards: Shards, scale: Scale) -> InferenceJob:

@@ -43,8 +43,10 @@ class Pipeline:
         """
         recipe, size = self.recipe, self.shards_artifact.manifest["image_size"]
         if size != recipe.image.size:
-            raise ConfigError(f"the shards hold images of {size} pixels and the recipe asks for "
-                              f"image.size={recipe.image.size}; ingest again, or set image.size={size}")
+            raise ConfigError(
+                f"the shards hold images of {size} pixels and the recipe asks for "
+                f"image.size={recipe.image.size}; ingest again, or set image.size={size}"
+            )
         if self.train_shards.num_train == 0:
             raise ConfigError("protocol=split needs images of a train split and there are none; use protocol=whole")
         check_images(recipe, self.pretrain_shards.num_train, self.train_shards.num_train)
@@ -72,9 +74,7 @@ class Pipeline:
         settings = {"pretrain": _settings(recipe.pretrain), "image": _settings(recipe.image), **self._common()}
 
         def make(print_: str, progress: Path, show: Show) -> None:
-            job = PretrainJob(
-                recipe.pretrain, recipe.image, self.pretrain_shards, recipe.seed, self._root, print_
-            )
+            job = PretrainJob(recipe.pretrain, recipe.image, self.pretrain_shards, recipe.seed, self._root, print_)
             watched(lambda: fit(run_pretrain, job, recipe.scale, self.run.checkpoints, progress), progress, show)
 
         return self._artifact(ENCODER, "stage 1: contrastive encoder", "steps", settings, [self.shards_artifact], make)
@@ -169,9 +169,7 @@ class Pipeline:
             def report(done: int, total: int) -> None:
                 show(Done(done, total, None))
 
-            publish_assignments(
-                self._root, print_, recipe, recipe.scale, joint, reliable, self.train_shards, report
-            )
+            publish_assignments(self._root, print_, recipe, recipe.scale, joint, reliable, self.train_shards, report)
 
         return self._artifact(ASSIGNMENTS, "assignments", "images", settings, [joint, reliable], make)
 
@@ -246,4 +244,3 @@ def timed(run: RunFolder, stage: str) -> Any:
 def _settings(section: Any) -> dict[str, Any]:
     values: dict[str, Any] = section.model_dump(mode="json")
     return values
-

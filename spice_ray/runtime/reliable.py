@@ -59,8 +59,10 @@ def publish_reliable(
     )
     empty = [cluster for cluster, kept in enumerate(found.kept) if kept == 0]
     if empty and recipe.reliable.strict:
-        raise ConfigError(f"clusters {empty} of {recipe.num_clusters} have no reliable sample; {advice(recipe)}, "
-                          "or set reliable.strict=false")
+        raise ConfigError(
+            f"clusters {empty} of {recipe.num_clusters} have no reliable sample; {advice(recipe)}, "
+            "or set reliable.strict=false"
+        )
 
     def write(folder: Path) -> dict[str, Any]:
         pq.write_table(_table(np.asarray(labels), train_ids, found), folder / "reliable.parquet")
@@ -78,8 +80,10 @@ def read_reliable(artifact: Artifact) -> ReliableTable:
 def advice(recipe: Recipe) -> str:
     """Which threshold to lower."""
     if recipe.reliable.min_confidence > 0:
-        return (f"lower reliable.min_consistency={recipe.reliable.min_consistency:g} or "
-                f"reliable.min_confidence={recipe.reliable.min_confidence:g}")
+        return (
+            f"lower reliable.min_consistency={recipe.reliable.min_consistency:g} or "
+            f"reliable.min_confidence={recipe.reliable.min_confidence:g}"
+        )
     return f"lower reliable.min_consistency={recipe.reliable.min_consistency:g}"
 
 
@@ -99,8 +103,10 @@ def why_skip(reliable: Artifact, recipe: Recipe, files: list[int], num_lanes: in
     weights = read_reliable(reliable).weights.numpy()
     lanes = np.bincount(file_of[weights > 0] % num_lanes, minlength=num_lanes)
     if (lanes == 0).any():
-        return (f"{int((weights > 0).sum())} reliable samples leave one of joint.lanes={num_lanes} lanes without any; "
-                f"{advice(recipe)}, or lower joint.lanes")
+        return (
+            f"{int((weights > 0).sum())} reliable samples leave one of joint.lanes={num_lanes} lanes without any; "
+            f"{advice(recipe)}, or lower joint.lanes"
+        )
     return None
 
 

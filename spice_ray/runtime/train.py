@@ -227,8 +227,9 @@ def _work(config: dict[str, Any]) -> None:
     config["run"](job, host)
 
 
-def fit(run: Callable[[Any, Host], None], job: PretrainJob | JointJob, scale: Scale, checkpoints: Path,
-        progress: Path) -> None:
+def fit(
+    run: Callable[[Any, Host], None], job: PretrainJob | JointJob, scale: Scale, checkpoints: Path, progress: Path
+) -> None:
     """Run a training stage on Ray Train until its artifact is published.
 
     The trainer's name carries the fingerprint, so that the same stage goes on from its last checkpoint and no other
@@ -267,5 +268,7 @@ def _user_error(error: Exception, name: str) -> SpiceError:
         if isinstance(cause, SpiceError):
             return cause
     first = str(causes[0]).strip().splitlines()[-1] if str(causes[0]).strip() else type(causes[0]).__name__
-    return TrainingError(f"{name} failed ({first}); run the same command again to go on from the last checkpoint, "
-                         "with --verbose to see what the workers say")
+    return TrainingError(
+        f"{name} failed ({first}); run the same command again to go on from the last checkpoint, "
+        "with --verbose to see what the workers say"
+    )

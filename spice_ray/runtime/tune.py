@@ -65,8 +65,10 @@ def run_sweep(pipeline: Pipeline, settings: Sweep, name: str) -> list[dict[str, 
         results = watched(lambda: _fit(pipeline, settings, folder, progress), progress, show)
     rows = sorted((_row(result, settings) for result in results), key=lambda r: (r["loss"] is None, r["loss"] or 0))
     if not rows or rows[0]["loss"] is None:
-        raise TrainingError(f"no trial came to an end ({rows[0]['note'] if rows else 'none was started'}); "
-                            "run the same command again with --verbose")
+        raise TrainingError(
+            f"no trial came to an end ({rows[0]['note'] if rows else 'none was started'}); "
+            "run the same command again with --verbose"
+        )
     _write_trials(folder / "trials.parquet", rows, settings)
     winner = sweep_recipe(pipeline.recipe, rows[0]["values"])
     (folder / "winner.yaml").write_text(yaml.safe_dump(science(winner), sort_keys=False), encoding="utf-8")
@@ -174,4 +176,3 @@ def _write_trials(file: Path, rows: list[dict[str, Any]], settings: Sweep) -> No
     columns = {key: [row["values"][key] for row in rows] for key in settings.space}
     rest = {name: [row[name] for row in rows] for name in ("loss", "reliable", "seconds", "note")}
     pq.write_table(pa.table({**columns, **rest}), file)
-

@@ -80,7 +80,9 @@ class _FixMatch:
         self.bare = model.to(device)
         self.ema = copy.deepcopy(self.bare).requires_grad_(False)
         self.model = wrap(self.bare)
-        self.optimizer = build_optimizer(settings.optimizer, self.bare, settings.lr, settings.weight_decay, nesterov=True)
+        self.optimizer = build_optimizer(
+            settings.optimizer, self.bare, settings.lr, settings.weight_decay, nesterov=True
+        )
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
         self.keys = {name: stream_key(seed, "joint", name) for name in ("labelled", "weak", "strong")}
 
