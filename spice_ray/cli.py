@@ -3,19 +3,40 @@
 import json
 import os
 import sys
+import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
+from typer.core import TyperGroup
 
 from spice_ray import workflow
-from spice_ray.config import load_recipe, load_sweep, recipe_names
 from spice_ray.console import ConsoleReporter, scores_table, seconds_table, trials_table
-from spice_ray.errors import SpiceError
+from spice_ray.errors import DataError, SpiceError
+from spice_ray.recipe import load_recipe, load_sweep, recipe_names
+
+
+class _Commands(TyperGroup):
+    """Commands whose errors are one sentence; errors in their arguments are Typer's own."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except SpiceError as error:
+            if "--verbose" in sys.argv:
+                traceback.print_exc()
+            typer.echo(f"spice-ray: {error}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            typer.echo("spice-ray: interrupted; the same command again goes on from here", err=True)
+            sys.stderr.flush()
+            os._exit(130)  # threads that wait for Ray would keep the process alive
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="Cluster unlabelled images with SPICE on Ray.",
     no_args_is_help=True,
     add_completion=False,
@@ -102,7 +123,7 @@ def tune(
     from rich.console import Console
 
     settings = load_sweep(sweep)
-    prepared = workflow.prepare(load_recipe(recipe or settings.recipe, overrides or []), data, out)
+    prepared = workflow.prepare(load_recipe(recipe or settings.recipe, overrides or []), data, out, trials=settings)
     name = Path(sweep).stem
     rows = workflow.sweep(prepared, settings, name, ConsoleReporter(), verbose=verbose)
     Console().print(trials_table(rows, list(settings.space)))
@@ -118,29 +139,21 @@ def _show_result(out: Path) -> None:
     from spice_ray.evaluate import evaluate as score
     from spice_ray.storage import read_json
 
-    console = Console()
+    # Paths and sentences are printed as they are: what looks like markup in them is not.
+    console = Console(markup=False, highlight=False)
     clusters = pq.read_table(out / "assignments.parquet", columns=["cluster"])["cluster"].to_pylist()
     sizes = ", ".join(f"{cluster}: {count}" for cluster, count in sorted(Counter(clusters).items()))
     console.print(f"cluster sizes of {len(clusters)} images: {sizes}", soft_wrap=True)
     if read_json(out / "run.json")["artifacts"]["labels"] is not None:
-        console.print(scores_table(score(out)))
+        try:
+            console.print(scores_table(score(out)))
+        except DataError as error:
+            # The run is finished all the same: its labels are only of images that the protocol does not score.
+            console.print(str(error), soft_wrap=True)
     console.print(seconds_table(read_json(out / "timing.json")))
     console.print(f"assignments: {out / 'assignments.parquet'}", soft_wrap=True)
 
 
 def main() -> None:
     """Run the command line; a user's error is one sentence and exit code 2."""
-    try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except SpiceError as error:
-        typer.echo(f"spice-ray: {error}", err=True)
-        if "--verbose" in sys.argv:
-            raise
-        sys.exit(2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        typer.echo("spice-ray: interrupted; the same command again goes on from here", err=True)
-        sys.stderr.flush()
-        os._exit(130)  # threads that wait for Ray would keep the process alive
+    app()

@@ -1,17 +1,13 @@
 """The settings of a run: one strict, frozen model per stage, and Scale, which says how and never what.
 
-A recipe is YAML, checked here before torch or Ray is imported; ``stage.key=value`` overrides any of it. Every field of
-the science takes part in the fingerprints of the artifacts it shapes; ``scale`` takes part in none.
+Every field of the science takes part in the fingerprints of the artifacts it shapes; ``scale`` takes part in none.
+How a recipe is read from YAML and overridden is in ``recipe.py``.
 """
 
-import difflib
 import math
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from spice_ray.errors import ConfigError
 
@@ -68,8 +64,8 @@ class Pretrain(Settings):
         _divides("pretrain.lanes", self.lanes, "pretrain.batch_size", self.batch_size)
         if self.batch_size // self.lanes < 2:
             raise ValueError(
-                f"pretrain.batch_size={self.batch_size} leaves fewer than 2 rows to each of pretrain.lanes={self.lanes} "
-                "batch-norm groups; raise the batch size or lower the lanes"
+                f"pretrain.batch_size={self.batch_size} leaves fewer than 2 rows to each of "
+                f"pretrain.lanes={self.lanes} batch-norm groups; raise the batch size or lower the lanes"
             )
         keys = self.batch_size * (2 if self.symmetric else 1)
         _divides(
@@ -170,7 +166,12 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         for stage, lanes in (("pretrain", self.pretrain.lanes), ("joint", self.joint.lanes)):
-            _divides("scale.workers", self.scale.workers, f"{stage}.lanes", lanes)
+            if lanes % self.scale.workers:
+                most = math.gcd(self.pretrain.lanes, self.joint.lanes)
+                raise ValueError(
+                    f"scale.workers={self.scale.workers} does not divide {stage}.lanes={lanes}, and a worker serves "
+                    f"whole lanes; use scale.workers={most} or a divisor of it"
+                )
         if self.heads.round_size < self.num_clusters:
             raise ValueError(
                 f"heads.round_size={self.heads.round_size} is smaller than num_clusters={self.num_clusters}; "
@@ -196,44 +197,7 @@ class Sweep(Settings):
     def _check(self) -> Self:
         if (self.search == "random") != (self.samples is not None):
             raise ValueError("samples goes with search: random, and search: random needs samples")
-        for key in self.space:
-            check_key(key)
-            if key.partition(".")[0] not in SWEPT_SECTIONS:
-                raise ValueError(
-                    f"{key} is shared by all trials of a sweep; a sweep varies keys of "
-                    f"{' and '.join(SWEPT_SECTIONS)}, such as joint.confidence"
-                )
         return self
-
-
-SWEPT_SECTIONS = ("reliable", "joint")
-
-
-def load_sweep(file: str) -> Sweep:
-    """Read a sweep's YAML.
-
-    Raises:
-        ConfigError: It is missing, or something in it cannot be used.
-    """
-    path = Path(file)
-    if not path.is_file():
-        raise ConfigError(f"sweep file {file} does not exist; give a YAML file such as tune_configs/thresholds.yaml")
-    try:
-        return Sweep.model_validate(_read_yaml(path))
-    except ValidationError as error:
-        raise ConfigError(f"{path.name}: {_first_sentence(error, list(Sweep.model_fields))}") from None
-
-
-def sweep_recipe(recipe: Recipe, values: dict[str, Any]) -> Recipe:
-    """The recipe of one trial.
-
-    Raises:
-        ConfigError: A value is out of its range.
-    """
-    settings = recipe.model_dump(mode="json")
-    for key, value in values.items():
-        settings = with_value(settings, key, value)
-    return check_recipe(settings)
 
 
 def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
@@ -249,84 +213,19 @@ def num_neighbors(reliable: Reliable, num_images: int, num_clusters: int) -> int
     return min(wanted, num_images - 1)
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that are shipped with the package."""
-    return sorted(f.name.removesuffix(".yaml") for f in _recipes().iterdir() if f.name.endswith(".yaml"))
-
-
-def load_recipe(name_or_path: str, overrides: list[str]) -> Recipe:
-    """Read a shipped recipe or a YAML file and apply ``stage.key=value`` overrides.
-
-    Raises:
-        ConfigError: The recipe, a key or a value cannot be used; names the nearest valid one.
-    """
-    values = _read_yaml(_find_recipe(name_or_path))
-    for override in overrides:
-        key, value = parse_override(override)
-        values = with_value(values, key, value)
-    return check_recipe(values)
-
-
-def check_recipe(values: dict[str, Any]) -> Recipe:
-    """The recipe that ``values`` describe.
-
-    Raises:
-        ConfigError: In one sentence, the first thing that is wrong.
-    """
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_first_sentence(error)) from None
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """Split ``stage.key=value``, the value read as YAML."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {text!r} is not of the form key=value, such as heads.count=5")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"the value of override {text!r} is not valid YAML") from None
-
-
-def with_value(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A copy of ``values`` with the dotted ``key`` set; an unknown key is an error with the nearest valid name."""
-    check_key(key)
-    head, _, rest = key.partition(".")
-    if not rest:
-        return {**values, head: value}
-    return {**values, head: {**(values.get(head) or {}), rest: value}}
-
-
-def check_key(key: str) -> None:
-    """Refuse a dotted key that no recipe has.
-
-    Raises:
-        ConfigError: With the nearest valid key.
-    """
-    if key not in setting_keys():
-        raise ConfigError(f"unknown setting {key!r}; {_nearest(key, setting_keys())}")
-
-
-def setting_keys() -> list[str]:
-    """Every key that an override may set, such as ``pretrain.temperature``."""
-    keys: list[str] = []
-    for name, field in Recipe.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Settings):
-            keys += [f"{name}.{key}" for key in section.model_fields]
-        else:
-            keys.append(name)
-    return keys
-
-
 def check_images(recipe: Recipe, num_images: int, num_train: int) -> None:
-    """Refuse a recipe that does not fit the number of images that were read.
+    """Refuse a recipe that does not fit the number of images.
+
+    Args:
+        recipe: The run's.
+        num_images: Those that stage 1 sees.
+        num_train: Those that stages 2 and 3 see.
 
     Raises:
-        ConfigError: K is larger than the data, or a batch or the queue is.
+        ConfigError: There is no image to train on, or K, a batch or the queue is larger than the data.
     """
+    if num_train == 0:
+        raise ConfigError("protocol=split needs images of a train split and there are none; use protocol=whole")
     if recipe.num_clusters > num_train:
         raise ConfigError(
             f"num_clusters={recipe.num_clusters} is more than the {num_train} images there are to cluster; "
@@ -339,7 +238,8 @@ def check_images(recipe: Recipe, num_images: int, num_train: int) -> None:
             "pretrain.queue_size, joint.labelled_batch or joint.unlabelled_ratio, or add images"
         )
     if recipe.pretrain.queue_size > num_images // 4:
-        largest = num_images // 4 // recipe.pretrain.batch_size * recipe.pretrain.batch_size
+        keys = recipe.pretrain.batch_size * (2 if recipe.pretrain.symmetric else 1)
+        largest = num_images // 4 // keys * keys
         advice = f"use {largest}" if largest else "lower pretrain.batch_size and pretrain.queue_size"
         raise ConfigError(
             f"pretrain.queue_size={recipe.pretrain.queue_size} is more than a quarter of the {num_images} images, "
@@ -350,55 +250,3 @@ def check_images(recipe: Recipe, num_images: int, num_train: int) -> None:
 def perfect_loss(num_clusters: int) -> float:
     """The unsupervised loss of perfect, balanced, certain clusters: log(1 + (K - 1) / e)."""
     return math.log1p((num_clusters - 1) / math.e)
-
-
-def _recipes() -> Any:
-    return resources.files("spice_ray") / "recipes"
-
-
-def _find_recipe(name_or_path: str) -> Any:
-    if name_or_path in recipe_names():
-        return _recipes() / f"{name_or_path}.yaml"
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ConfigError(
-                f"recipe file {name_or_path} does not exist; give a YAML file or one of the recipes "
-                f"{', '.join(recipe_names())}"
-            )
-        return path
-    raise ConfigError(f"unknown recipe {name_or_path!r}; {_nearest(name_or_path, recipe_names())}")
-
-
-def _read_yaml(file: Any) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file.name} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file.name} holds no settings; a recipe is a YAML mapping such as the shipped ones")
-    return values
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    """The sentence that names the nearest of the known words, compared whole and by their last part."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if not close:
-        tails = {k.rpartition(".")[2]: k for k in known}
-        close = [tails[t] for t in difflib.get_close_matches(word.rpartition(".")[2], list(tails), n=1, cutoff=0.5)]
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-
-
-def _first_sentence(error: ValidationError, known: list[str] | None = None) -> str:
-    """The first error as a sentence; ``known`` are the keys there are, a recipe's unless given."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    match first["type"]:
-        case "extra_forbidden":
-            return f"unknown setting {where!r}; {_nearest(where, known or setting_keys())}"
-        case "missing":
-            return f"{where} is missing; add it"
-        case "value_error":
-            return str(first["ctx"]["error"])
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{where}={first['input']!r} cannot be used: {message}"

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from spice_ray.runtime.progress import Done
 
@@ -15,10 +16,16 @@ _SECONDS_BETWEEN_LINES = 10
 
 
 class ConsoleReporter:
-    """Shows stages as bars on a terminal, and as a line every ten seconds elsewhere; writes to standard error."""
+    """Shows stages as bars on a terminal, and as a line every ten seconds elsewhere.
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+    Args:
+        console: Where to; standard error unless given.
+        clock: Seconds that only rise.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
+        self._clock = clock
 
     def note(self, sentence: str) -> None:
         """Print a sentence that stays."""
@@ -27,40 +34,39 @@ class ConsoleReporter:
     @contextmanager
     def stage(self, title: str, unit: str) -> Iterator[Callable[[Done], None]]:
         """Show one stage."""
-        start = time.monotonic()
+        start = self._clock()
         show = self._bar if self._console.is_terminal else self._lines
         with show(title, unit) as update:
             yield update
-        self.note(f"{title}: done in {time.monotonic() - start:.1f} s")
+        self.note(f"{title}: done in {self._clock() - start:.1f} s")
 
     @contextmanager
     def _bar(self, title: str, unit: str) -> Iterator[Callable[[Done], None]]:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn(f"{{task.completed:.0f}}/{{task.total}} {unit}  {{task.fields[rate]}}"),
+            TextColumn("{task.fields[state]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self._console, transient=True) as progress:
-            task = progress.add_task(title, total=None, rate="starting")
-            meter = _Meter()
+            task = progress.add_task(title, total=None, state="starting")
+            meter = _Meter(self._clock)
             yield lambda done: _update(progress, task, done, meter, unit)
 
     @contextmanager
     def _lines(self, title: str, unit: str) -> Iterator[Callable[[Done], None]]:
         self.note(f"{title}: starting")
-        meter, last = _Meter(), time.monotonic()
+        meter, last = _Meter(self._clock), self._clock()
 
         def show(done: Done) -> None:
             nonlocal last
             rate = meter.rate(done.done)
-            if time.monotonic() - last < _SECONDS_BETWEEN_LINES:
+            if self._clock() - last < _SECONDS_BETWEEN_LINES:
                 return
-            last = time.monotonic()
+            last = self._clock()
             left = f", {(done.total - done.done) / rate:.0f} s left" if rate and done.total else ""
-            of = f"/{done.total}" if done.total else ""
-            self.note(f"{title}: {done.done}{of} {unit}, {rate:.1f} {unit}/s{left}{_loss(done)}")
+            self.note(f"{title}: {_count(done, unit)}, {rate:.1f} {unit}/s{left}{_loss(done)}")
 
         yield show
 
@@ -68,11 +74,12 @@ class ConsoleReporter:
 class _Meter:
     """The rate since the first look: a stage that goes on does not count what an earlier attempt did."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._first: tuple[float, int] | None = None
 
     def rate(self, done: int) -> float:
-        now = time.monotonic()
+        now = self._clock()
         if self._first is None:
             self._first = (now, done)
         seconds, since = now - self._first[0], done - self._first[1]
@@ -80,8 +87,13 @@ class _Meter:
 
 
 def _update(progress: Progress, task: TaskID, done: Done, meter: _Meter, unit: str) -> None:
-    rate = f"{meter.rate(done.done):.1f} {unit}/s{_loss(done)}"
-    progress.update(task, completed=done.done, total=done.total, rate=rate)
+    state = f"{_count(done, unit)}  {meter.rate(done.done):.1f} {unit}/s{_loss(done)}"
+    progress.update(task, completed=done.done, total=done.total, state=state)
+
+
+def _count(done: Done, unit: str) -> str:
+    of = f"/{done.total}" if done.total else ""
+    return f"{done.done}{of} {unit}"
 
 
 def _loss(done: Done) -> str:
@@ -117,5 +129,7 @@ def trials_table(rows: list[dict[str, Any]], keys: list[str]) -> Table:
     for rank, row in enumerate(rows, 1):
         loss = "-" if row["loss"] is None else f"{row['loss']:.5f}"
         values = (str(row["values"][key]) for key in keys)
-        table.add_row(str(rank), *values, loss, str(row["reliable"]), f"{row['seconds']:.1f}", row["note"] or "")
+        # A note may hold what rich would take for markup.
+        note = Text(row["note"] or "")
+        table.add_row(str(rank), *values, loss, str(row["reliable"]), f"{row['seconds']:.1f}", note)
     return table

@@ -1,6 +1,7 @@
 """Scores of a finished run against ground truth, which nothing else reads.
 
 Shapes: n scored images, K clusters, S side of an image in pixels, D embedding width.
+SciPy and scikit-learn are imported where they are used: they take seconds, and a wrong path must be refused faster.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,10 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans, MiniBatchKMeans
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-from sklearn.metrics.cluster import contingency_matrix
 
 from spice_ray.contracts import EMBEDDING, HEADS, LABELS, SHARDS, TRAIN_SPLITS
 from spice_ray.errors import DataError, StorageError
@@ -63,6 +60,8 @@ def clustering_accuracy(labels_true: Ints, labels_pred: Ints) -> float:
     Raises:
         ValueError: The shapes differ, or there is no image.
     """
+    from scipy.optimize import linear_sum_assignment
+
     counts = _counts(labels_true, labels_pred)
     classes, clusters = linear_sum_assignment(counts, maximize=True)
     return float(counts[classes, clusters].sum() / counts.sum())
@@ -76,6 +75,8 @@ def many_to_one_accuracy(labels_true: Ints, labels_pred: Ints) -> float:
 
 def scores(labels_true: Ints, labels_pred: Ints) -> Scores:
     """Every score of one clustering; arguments and errors are those of ``clustering_accuracy``."""
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
     return Scores(
         acc=clustering_accuracy(labels_true, labels_pred),
         nmi=float(normalized_mutual_info_score(labels_true, labels_pred, average_method="arithmetic")),
@@ -98,6 +99,8 @@ def kmeans_labels(features: NDArray[Any], k: int, seed: int) -> Ints:
     Returns:
         int64 in 0..k-1, (n,).
     """
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+
     method = KMeans if features.size <= _LARGEST_FULL_KMEANS else MiniBatchKMeans
     return np.asarray(method(n_clusters=k, n_init=10, random_state=seed).fit_predict(features), np.int64)
 
@@ -158,6 +161,8 @@ class _Images:
 
 
 def _counts(labels_true: Ints, labels_pred: Ints) -> Ints:
+    from sklearn.metrics.cluster import contingency_matrix
+
     if np.ndim(labels_true) != 1 or np.shape(labels_true) != np.shape(labels_pred) or len(labels_true) == 0:
         shapes = f"{np.shape(labels_true)} and {np.shape(labels_pred)}"
         raise ValueError(f"classes and clusters have shapes {shapes}; give both for the same images, at least one")
@@ -206,15 +211,23 @@ def _score_reliable(images: _Images, protocol: str) -> dict[str, Any]:
 
 
 def _read_record(run: Path) -> dict[str, Any]:
-    record = read_json(run / "run.json")
-    finished = isinstance(record, dict) and {"artifacts", "recipe", "shards_root"} <= record.keys()
-    if not finished or not {SHARDS, LABELS, EMBEDDING, HEADS} <= record["artifacts"].keys():
+    record = read_json(run / "run.json", f"restore it, or delete the folder {run} and run again")
+    if not _is_finished(record):
         raise StorageError(f"{run / 'run.json'} is not of a finished run; run the same command again")
-    return dict(record)
+    return {"artifacts_root": "artifacts", **record}
+
+
+def _is_finished(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("shards_root"), str):
+        return False
+    artifacts, recipe = record.get("artifacts"), record.get("recipe")
+    if not isinstance(artifacts, dict) or not isinstance(recipe, dict):
+        return False
+    return {SHARDS, LABELS, EMBEDDING, HEADS} <= artifacts.keys() and {"protocol", "seed"} <= recipe.keys()
 
 
 def _open(run: Path, record: dict[str, Any], kind: str) -> Artifact:
-    root = run / record["shards_root"] if kind in (SHARDS, LABELS) else run / "artifacts"
+    root = run / record["shards_root" if kind in (SHARDS, LABELS) else "artifacts_root"]
     artifact = open_artifact(root, kind, record["artifacts"][kind])
     if artifact is None:
         raise StorageError(f"{root} lacks {kind}-{record['artifacts'][kind]}; run the same command again to make it")

@@ -9,6 +9,7 @@ checkpoints/, progress/   of stages under way; may be deleted
 """
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any
 
 from spice_ray.config import Recipe
 from spice_ray.errors import StorageError
-from spice_ray.storage import Artifact, clear_staging, read_json, write_json
+from spice_ray.storage import Artifact, clear_staging, read_json, reporting_disk_errors, write_json
+
+_RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -33,27 +36,45 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def progress(self, stage: str) -> Path:
-        """Where the processes of a stage say how far they are; empty at the beginning of the stage."""
+        """Where the processes of a stage say how far they are; empty at the beginning of the stage.
+
+        Raises:
+            StorageError: The disk refused.
+        """
         folder = self.path / "progress" / stage
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        return folder.resolve()
+        with reporting_disk_errors(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            return folder.resolve()
 
     def record(self, **values: Any) -> None:
-        """Put values into run.json."""
-        write_json(self.path / "run.json", {**read_json(self.path / "run.json"), **values})
+        """Put values into run.json.
+
+        Raises:
+            StorageError: It cannot be read, or the disk refused.
+        """
+        write_json(self.path / _RECORD, {**read_record(self.path), **values})
 
     def add_seconds(self, stage: str, seconds: float) -> None:
-        """Note that ``stage`` took so long; what an interrupted attempt took is added to."""
+        """Note that ``stage`` took so long; what an interrupted attempt took is added to.
+
+        Raises:
+            StorageError: timing.json cannot be read, or the disk refused.
+        """
         file = self.path / "timing.json"
         known = read_json(file) if file.exists() else {}
         write_json(file, {**known, stage: round(known.get(stage, 0.0) + seconds, 3)})
 
     def publish_table(self, artifact: Artifact, name: str) -> None:
-        """Give the user a copy of an artifact's table beside run.json."""
-        temporary = self.path / f".{name}.part"
-        shutil.copyfile(artifact.file(name), temporary)
-        os.replace(temporary, self.path / name)
+        """Give the user a copy of an artifact's table beside run.json.
+
+        Raises:
+            StorageError: The artifact lacks the table, or the disk refused.
+        """
+        temporary, table = self.path / f".{name}.part", artifact.file(name)
+        with reporting_disk_errors(self.path):
+            shutil.copyfile(table, temporary)
+            os.replace(temporary, self.path / name)
 
 
 def science(recipe: Recipe) -> dict[str, Any]:
@@ -72,31 +93,55 @@ def claim(path: Path, recipe: Recipe, source: dict[str, str]) -> RunFolder:
     Raises:
         StorageError: The folder holds something else; nothing in it was touched.
     """
+    check_folder(path)
     wanted = {"recipe": science(recipe), "source": source}
-    if path.exists() and not path.is_dir():
-        raise StorageError(f"{path} is a file; choose a folder for --out")
-    if (path / "run.json").is_file():
-        _check_same(path, read_json(path / "run.json"), wanted)
-    elif path.is_dir() and any(path.iterdir()):
-        raise StorageError(f"{path} holds files that are not a run's; choose an empty or new folder for --out")
-    else:
-        try:
+    with reporting_disk_errors(path):
+        if (path / _RECORD).is_file():
+            _check_same(path, read_record(path), wanted)
+        else:
+            _check_empty(path)
             path.mkdir(parents=True, exist_ok=True)
-            write_json(path / "run.json", wanted)
-        except OSError as error:
-            raise StorageError(f"{path} cannot be written ({error.strerror}); choose another --out") from None
+            write_json(path / _RECORD, wanted)
     run = RunFolder(path, path / "artifacts")
     clear_staging(run.artifacts)
     return run
 
 
-def _check_same(path: Path, held: Any, wanted: dict[str, Any]) -> None:
-    if not isinstance(held, dict) or not {"recipe", "source"} <= held.keys():
-        raise StorageError(f"{path / 'run.json'} is not a run's; choose another --out")
-    if held["source"]["digest"] != wanted["source"]["digest"]:
+def check_folder(path: Path) -> None:
+    """Refuse a place where no folder can be.
+
+    Raises:
+        StorageError: It is a file or a URL.
+    """
+    if re.match("[a-z][a-z0-9+.-]+:/", str(path)):
+        raise StorageError(f"{path} is a URL, which is not supported yet; choose a local or mounted folder")
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise StorageError(f"{path} is a file; choose a folder to write to")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What the run.json of the folder ``path`` holds.
+
+    Raises:
+        StorageError: It is missing or damaged, or another program's.
+    """
+    remedy = f"restore it, or delete the folder {path} and run again"
+    record = read_json(path / _RECORD, remedy)
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), dict) for key in ("recipe", "source")):
+        raise StorageError(f"{path / _RECORD} is not a run's; {remedy}")
+    return record
+
+
+def _check_empty(path: Path) -> None:
+    if path.is_dir() and any(not entry.name.startswith(f".{_RECORD}.") for entry in path.iterdir()):
+        raise StorageError(f"{path} holds files that are not a run's; choose an empty or new folder for --out")
+
+
+def _check_same(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if held["source"].get("digest") != wanted["source"]["digest"]:
         raise StorageError(
-            f"{path} holds a run of other images ({held['source']['path']}; here {wanted['source']['path']}), or they "
-            "changed since; choose another --out"
+            f"{path} holds a run of other images ({held['source'].get('path')}; here {wanted['source']['path']}), or "
+            "they changed since; choose another --out"
         )
     before, now = _flat(held["recipe"]), _flat(wanted["recipe"])
     for key in sorted(before.keys() | now.keys()):

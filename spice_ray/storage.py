@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,10 @@ def open_artifact(root: Path, kind: str, print_: str) -> Artifact | None:
     manifest = path / "manifest.json"
     if not manifest.is_file():
         return None
-    try:
-        return Artifact(path, kind, print_, json.loads(manifest.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        raise StorageError(f"{manifest} cannot be read; delete the folder {path} and run again") from None
+    record = read_json(manifest, f"delete the folder {path} and run again")
+    if not isinstance(record, dict) or record.get("fingerprint") != print_:
+        raise StorageError(f"{manifest} is not that of {path.name}; delete the folder {path} and run again")
+    return Artifact(path, kind, print_, record)
 
 
 def publish(root: Path, kind: str, print_: str, write: Callable[[Path], dict[str, Any]]) -> Artifact:
@@ -80,7 +80,7 @@ def publish(root: Path, kind: str, print_: str, write: Callable[[Path], dict[str
         StorageError: The disk refused.
     """
     final = root / f"{kind}-{print_}"
-    with _reporting_disk_errors(root):
+    with reporting_disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         staging = root / f".{kind}-{print_}.{uuid.uuid4().hex[:8]}"
         staging.mkdir()
@@ -109,14 +109,30 @@ def _move(staging: Path, final: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader finds the old file or the new one, never half of it."""
+    """Write JSON so that a reader finds the old file or the new one, never half of it.
+
+    Raises:
+        StorageError: The disk refused; an old file stays as it was.
+        ValueError: The value holds NaN or infinity.
+    """
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with reporting_disk_errors(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # what could not be written may not be there to remove
+                temporary.unlink()
+            raise
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, remedy: str = "delete it and run again") -> Any:
     """Read a JSON file of a run folder.
+
+    Args:
+        path: The file.
+        remedy: What the user is to do about a file that is damaged.
 
     Raises:
         StorageError: It is not there or not JSON.
@@ -125,8 +141,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StorageError(f"{path} does not exist; is {path.parent} the folder of a run?") from None
-    except (OSError, ValueError):
-        raise StorageError(f"{path} cannot be read as JSON; delete it and run again") from None
+    except (OSError, ValueError, RecursionError):
+        raise StorageError(f"{path} cannot be read as JSON; {remedy}") from None
 
 
 def clear_staging(root: Path) -> None:
@@ -137,9 +153,20 @@ def clear_staging(root: Path) -> None:
 
 
 @contextmanager
-def _reporting_disk_errors(root: Path) -> Iterator[None]:
+def reporting_disk_errors(root: Path, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Say in a sentence that ``root`` could not be written.
+
+    Args:
+        root: The file or folder that is written while the context lasts.
+        passing: Errors that are not this disk's, even where they are a kind of OSError.
+
+    Raises:
+        StorageError: In the place of an OSError.
+    """
     try:
         yield
+    except passing:
+        raise
     except OSError as error:
         raise StorageError(
             f"{root} cannot be written ({error.strerror or error}); free some space or choose another "

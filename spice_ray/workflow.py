@@ -1,21 +1,27 @@
 """What the command line, the jobs and the Python interface do: check first, then start Ray, then run."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spice_ray.config import Recipe, Scale, Sweep, load_recipe, sweep_recipe
+from spice_ray.config import Recipe, Scale, Sweep, check_images
+from spice_ray.contracts import SHARDS
 from spice_ray.errors import DataError
-from spice_ray.readers.source import Source, open_source
-from spice_ray.run_folder import RunFolder, claim
+from spice_ray.recipe import check_trials, load_recipe
+from spice_ray.run_folder import RunFolder, check_folder, claim, read_record
 from spice_ray.runtime.cluster import check_local_cpus, connected
 from spice_ray.runtime.progress import Done, Reporter
-from spice_ray.storage import Artifact, read_json
+from spice_ray.shards import check_shards, find_shards
+from spice_ray.storage import Artifact
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from spice_ray.readers.source import Source
     from spice_ray.runtime.pipeline import Pipeline
+
+_ROWS_PER_CHUNK = 10_000
 
 
 @dataclass(frozen=True)
@@ -24,26 +30,56 @@ class Prepared:
 
     run: RunFolder
     recipe: Recipe
-    source: Source | None
+    source: "Source | None"
     """None where the images are shards already."""
     shards_path: Path | None
 
 
-def prepare(recipe: Recipe, data: str, out: Path, *, labels_from_folders: bool = False) -> Prepared:
-    """Check everything that can be checked without reading images.
+def prepare(
+    recipe: Recipe, data: str, out: Path, *, labels_from_folders: bool = False, trials: Sweep | None = None
+) -> Prepared:
+    """Check everything that can be checked without reading images, then make the run folder or take it.
+
+    Args:
+        recipe: The run's.
+        data: Images or image shards: a path, or the word digits.
+        out: The run folder.
+        labels_from_folders: Take the names of the images' folders for labels.
+        trials: A sweep that the run is for.
 
     Raises:
-        SpiceError: A path, a folder or the number of processors cannot be used.
+        SpiceError: Something cannot be used; a new run folder has not been made, and an old one is as it was.
     """
     check_local_cpus(recipe.scale)
-    path = Path(data)
-    if path.is_dir() and (path.name.startswith("shards-") or any(path.glob("shards-*"))):
+    if trials is not None:
+        check_trials(recipe, trials)
+    check_folder(out)
+    # Workers have working directories of their own.
+    path, out = Path(os.path.abspath(data)), Path(os.path.abspath(out))
+    if data != "digits" and _holds_shards(path):
         shards = _open_shards(path)[0]
+        check_shards(recipe, shards)
         identity = {"path": data, "digest": f"{shards.kind}-{shards.fingerprint}"}
         return Prepared(claim(out, recipe, identity), recipe, None, path)
     source = open_source(data, labels_from_folders)
+    num_candidates = sum(chunk.num_rows for chunk in source.chunks(_ROWS_PER_CHUNK))
+    # Some may be unreadable or of another split: the pipeline checks again when it knows.
+    check_images(recipe, num_candidates, num_candidates)
     identity = {"path": data, "digest": f"{source.kind}-{source.listing_digest()}-{labels_from_folders}"}
     return Prepared(claim(out, recipe, identity), recipe, source, None)
+
+
+def open_source(data: str, labels_from_folders: bool = False) -> "Source":
+    """Find out what ``data`` is, as :func:`spice_ray.readers.source.open_source` does.
+
+    Raises:
+        DataError: There is nothing that can be read.
+    """
+    # Imported here: the readers need Arrow and Pillow, and a wrong setting is refused faster without.
+    from spice_ray.readers.source import open_source as find
+
+    known_by_path = data != "digits" and os.path.exists(data)
+    return find(os.path.abspath(data) if known_by_path else data, labels_from_folders)
 
 
 def run(prepared: Prepared, reporter: Reporter, *, verbose: bool = False) -> Artifact:
@@ -64,9 +100,6 @@ def sweep(
     Raises:
         SpiceError: As :func:`run`.
     """
-    for key, values in settings.space.items():
-        for value in values:
-            sweep_recipe(prepared.recipe, {key: value})
     with connected(prepared.recipe.scale, verbose=verbose):
         from spice_ray.runtime.tune import run_sweep
 
@@ -74,13 +107,14 @@ def sweep(
 
 
 def ingest(
-    source: Source, out: Path, *, image_size: int, seed: int, reporter: Reporter, verbose: bool = False
+    source: "Source", out: Path, *, image_size: int, seed: int, reporter: Reporter, verbose: bool = False
 ) -> Artifact:
     """Make image shards.
 
     Raises:
         SpiceError: The source or the folder cannot be used.
     """
+    check_folder(out)
     with connected(Scale(), verbose=verbose):
         return _ingest(source, out, image_size, seed, reporter)[0]
 
@@ -132,7 +166,7 @@ def _shards(prepared: Prepared, reporter: Reporter) -> tuple[Artifact, Artifact 
         assert prepared.shards_path is not None
         return _open_shards(prepared.shards_path)
     run, recipe = prepared.run, prepared.recipe
-    if "ingested" in read_json(run.path / "run.json"):
+    if "ingested" in read_record(run.path):
         return _open_shards(run.artifacts)
     from spice_ray.runtime.pipeline import timed
 
@@ -143,7 +177,7 @@ def _shards(prepared: Prepared, reporter: Reporter) -> tuple[Artifact, Artifact 
 
 
 def _ingest(
-    source: Source, root: Path, image_size: int, seed: int, reporter: Reporter
+    source: "Source", root: Path, image_size: int, seed: int, reporter: Reporter
 ) -> tuple[Artifact, Artifact | None]:
     from spice_ray.runtime.ingest import ingest as ingest_source
 
@@ -161,9 +195,11 @@ def _ingest(
     return shards, labels
 
 
-def _open_shards(path: Path) -> tuple[Artifact, Artifact | None]:
-    from spice_ray.runtime.ingest import find_shards
+def _holds_shards(path: Path) -> bool:
+    return os.path.isdir(path) and (path.name.startswith(f"{SHARDS}-") or any(path.glob(f"{SHARDS}-*")))
 
+
+def _open_shards(path: Path) -> tuple[Artifact, Artifact | None]:
     found = find_shards(path)
     if found is None:
         raise DataError(

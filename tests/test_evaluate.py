@@ -1,6 +1,9 @@
 import itertools
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -315,3 +318,82 @@ def test_the_record_of_an_unfinished_run_or_of_something_else_is_refused(tmp_pat
     write_json(run / "run.json", record)
     with pytest.raises(StorageError, match="not of a finished run"):
         evaluate(run)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"artifacts": 3, "recipe": {}, "shards_root": "../data"},
+        {"artifacts": {}, "recipe": 3, "shards_root": "../data"},
+        {"artifacts": {}, "recipe": {}, "shards_root": None},
+        {"artifacts": dict.fromkeys(["shards", "labels", "embedding", "heads"]), "recipe": {}, "shards_root": "x"},
+    ],
+)
+def test_a_record_of_other_types_is_refused(tmp_path: Path, record: Any) -> None:
+    write_json(tmp_path / "run.json", record)
+    with pytest.raises(StorageError, match="not of a finished run"):
+        evaluate(tmp_path)
+
+
+def test_the_winner_of_a_sweep_is_scored_with_the_artifacts_that_it_shares(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    winner = run / "sweeps" / "thresholds"
+    winner.mkdir(parents=True)
+    for name in ("run.json", "timing.json", "assignments.parquet"):
+        shutil.copy(run / name, winner / name)
+    change_record(winner, shards_root="../../../data", artifacts_root="../../artifacts")
+    assert evaluate(winner) == evaluate(run)
+    assert (winner / "scores.json").read_bytes() == (run / "scores.json").read_bytes()
+    change_record(winner, artifacts_root="artifacts")
+    with pytest.raises(StorageError, match=r"artifacts lacks heads-d"):
+        evaluate(winner)
+
+
+def command(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "spice_ray", *args], capture_output=True, text=True, timeout=120)
+
+
+def test_on_the_command_line_json_is_one_object_on_standard_output(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    done = command("evaluate", str(run), "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == json.loads((run / "scores.json").read_text())
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_on_the_command_line_every_method_is_a_row_of_a_table(tmp_path: Path) -> None:
+    done = command("evaluate", str(make_run(tmp_path)))
+    assert done.returncode == 0
+    assert "40 images, 2 clusters" in done.stdout
+    rows = [line for line in done.stdout.splitlines() if "1.000" in line]
+    assert [line.split("│")[1].strip() for line in rows] == [
+        "k-means on pixels",
+        "k-means on the embedding",
+        "SPICE_s",
+        "SPICE",
+    ]
+
+
+def test_on_the_command_line_a_run_without_labels_is_one_sentence(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    artifacts = json.loads((run / "run.json").read_text())["artifacts"]
+    change_record(run, artifacts={**artifacts, "labels": None})
+    done = command("evaluate", str(run), "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"spice-ray: the data of .* had no labels, .*\n", done.stderr)
+
+
+def test_a_full_disk_is_a_storage_error_and_keeps_the_old_scores(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run / "scores.json").write_text("old")
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))\n"
+        "from spice_ray.cli import main\n"
+        "main()"
+    )  # fmt: skip
+    called = [sys.executable, "-c", program, "evaluate", str(run)]
+    done = subprocess.run(called, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"spice-ray: .*scores\.json cannot be written \(File too large\); .*\n", done.stderr)
+    assert (run / "scores.json").read_text() == "old"
+    assert not list(run.glob(".scores*"))

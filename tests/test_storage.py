@@ -136,7 +136,7 @@ def test_several_that_publish_one_artifact_at_once_all_get_it_whole(tmp_path: Pa
 def test_a_damaged_manifest_says_which_folder_to_delete(tmp_path: Path, content: bytes) -> None:
     made = publish(tmp_path, "heads", "0a", write_payload)
     (made.path / "manifest.json").write_bytes(content)
-    with pytest.raises(StorageError, match=r"manifest\.json cannot be read; delete the folder .*heads-0a"):
+    with pytest.raises(StorageError, match=r"manifest\.json cannot be read as JSON; delete the folder .*heads-0a"):
         open_artifact(tmp_path, "heads", "0a")
 
 

@@ -32,8 +32,7 @@ def gather_lanes(rows: Tensor, lanes: int) -> Tensor:
     workers = world_size()
     if workers == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(workers)]
-    dist.all_gather(parts, rows.contiguous())
+    parts = _all_gather(rows)
     stacked = torch.stack([part.unflatten(0, (-1, lanes)) for part in parts], dim=1)  # (b, W, L, ...)
     return stacked.flatten(0, 2)
 
@@ -78,11 +77,7 @@ def first_worker_decides(decision: bool, device: torch.device) -> bool:
 def stacked_buffers(module: nn.Module) -> Tensor:
     """Every worker's batch-norm statistics, float32, (W, n): what a checkpoint keeps so that each gets its own back."""
     own = torch.cat([buffer.flatten() for buffer in _statistics(module)])
-    parts = [torch.empty_like(own) for _ in range(world_size())]
-    if len(parts) == 1:
-        return own[None].clone()
-    dist.all_gather(parts, own)
-    return torch.stack(parts)
+    return torch.stack(_all_gather(own)) if world_size() > 1 else own[None].clone()
 
 
 def restore_buffers(module: nn.Module, stacked: Tensor) -> None:
@@ -91,6 +86,15 @@ def restore_buffers(module: nn.Module, stacked: Tensor) -> None:
     buffers = _statistics(module)
     for buffer, values in zip(buffers, own.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(values.view_as(buffer))
+
+
+def _all_gather(x: Tensor) -> list[Tensor]:
+    """Every worker's ``x``, by rank."""
+    # gloo, which two workers on one GPU must use, gathers on the CPU alone.
+    sent = x.contiguous().cpu() if dist.get_backend() == "gloo" else x.contiguous()
+    parts = [torch.empty_like(sent) for _ in range(world_size())]
+    dist.all_gather(parts, sent)
+    return [part.to(x.device) for part in parts]
 
 
 def _statistics(module: nn.Module) -> list[Tensor]:

@@ -26,6 +26,7 @@ class LaneBatchNorm2d(nn.BatchNorm2d):
         rows, channels, height, width = x.shape
         assert self.running_mean is not None
         assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         mean, var = self.running_mean.repeat(self.lanes), self.running_var.repeat(self.lanes)
         out = F.batch_norm(
             x.reshape(rows // self.lanes, self.lanes * channels, height, width),
@@ -39,6 +40,8 @@ class LaneBatchNorm2d(nn.BatchNorm2d):
         )
         self.running_mean.copy_(mean.view(self.lanes, channels).mean(dim=0))
         self.running_var.copy_(var.view(self.lanes, channels).mean(dim=0))
+        # As plain batch norm does: an encoder's file must not show how many lanes each worker served.
+        self.num_batches_tracked.add_(1)
         return out.reshape(rows, channels, height, width)
 
 

@@ -15,7 +15,7 @@ from spice_ray.contracts import Batch
 from spice_ray.core.order import integers, lane_order, stream_key
 
 SHUFFLE_WINDOW = 65_536
-"""Rows shuffled together within a lane; larger than most lanes, and small enough to be held by a reader that streams."""
+"""Rows shuffled together within a lane; larger than most lanes, and small enough for a reader that streams to hold."""
 
 
 class Lanes(Protocol):

@@ -17,9 +17,8 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TOKENIZERS_PARALLELISM": "false",
 }
-_CHATTY = ("ray", "ray.data", "ray.train", "ray.tune", "ray._private", "py.warnings")
+_SILENCE = {"RAY_BACKEND_LOG_LEVEL": "fatal", "PYTHONWARNINGS": "ignore"}
 
 
 def check_local_cpus(scale: Scale) -> None:
@@ -48,31 +47,31 @@ def connected(scale: Scale, *, verbose: bool) -> Iterator[None]:
     Raises:
         ResourceError: The cluster has too few processors or GPUs; Ray would wait for them for ever.
     """
-    for name, value in _ENVIRONMENT.items():
+    environment = _ENVIRONMENT if verbose else {**_ENVIRONMENT, **_SILENCE}
+    for name, value in environment.items():
         os.environ.setdefault(name, value)
     import ray
 
-    if ray.is_initialized():
-        _check_cluster(scale)
-        yield
-        return
-    level = logging.INFO if verbose else logging.ERROR
-    folder = None
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=verbose, logging_level=level, runtime_env={"env_vars": _ENVIRONMENT})
-    else:
-        folder = _start_local(verbose, level)
-    _quieten(level)
-    try:
-        _check_cluster(scale)
-        yield
-    finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+    with _quiet(verbose):
+        if ray.is_initialized():
+            _check_cluster(scale)
+            yield
+            return
+        folder = None
+        if "RAY_ADDRESS" in os.environ:
+            ray.init(log_to_driver=verbose, runtime_env={"env_vars": environment})
+        else:
+            folder = _start_local(verbose)
+        try:
+            _check_cluster(scale)
+            yield
+        finally:
+            ray.shutdown()
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start_local(verbose: bool, level: int) -> str:
+def _start_local(verbose: bool) -> str:
     import ray
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home directory
@@ -84,7 +83,6 @@ def _start_local(verbose: bool, level: int) -> str:
         num_cpus=(os.cpu_count() or 1) + 1,
         include_dashboard=False,
         log_to_driver=verbose,
-        logging_level=level,
         _temp_dir=folder,
     )
     return folder
@@ -105,12 +103,13 @@ def _check_cluster(scale: Scale) -> None:
         raise ResourceError(f"scale.head_gpus={scale.head_gpus:g} is more than the cluster's {gpus:g} GPUs; lower it")
 
 
-def _quieten(level: int) -> None:
-    for name in _CHATTY:
-        logging.getLogger(name).setLevel(level)
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = level <= logging.INFO
-    context.use_datasource_v2 = False
-    context.execution_options.preserve_order = True
+@contextmanager
+def _quiet(verbose: bool) -> Iterator[None]:
+    """Keep Ray's log from the user; Ray Data sets up its loggers anew whenever it runs, so levels would not last."""
+    before = logging.root.manager.disable
+    if not verbose:
+        logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

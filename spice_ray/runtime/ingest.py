@@ -11,7 +11,7 @@ import pickle
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 import ray
 
 from spice_ray.contracts import LABELS, SHARDS
-from spice_ray.errors import DataError, StorageError
+from spice_ray.errors import DataError
 from spice_ray.readers.records import Chunk, Source
 from spice_ray.readers.rows import decode_chunk, row_schema, rows_per_block
-from spice_ray.storage import Artifact, fingerprint, open_artifact, publish
+from spice_ray.storage import Artifact, fingerprint, publish, reporting_disk_errors
 
 _BLOCK_BYTES = 32 << 20
 _BUCKET_BYTES = 64 << 20
@@ -79,7 +79,8 @@ def ingest(
         StorageError: The disk refused.
     """
     assert ray.is_initialized()
-    with _reporting_disk_errors(root):
+    # What fails on a worker can be an OSError too, and is not this disk's.
+    with reporting_disk_errors(root, passing=(ray.exceptions.RayError,)):
         root.mkdir(parents=True, exist_ok=True)
         # The name is one that storage.clear_staging removes after a kill.
         with tempfile.TemporaryDirectory(prefix=".ingest-", dir=root) as name:
@@ -88,39 +89,6 @@ def ingest(
             parts = _write_parts(spread, folder, image_size)
             shards = _publish_shards(root, folder, spread, parts, image_size, seed)
             return shards, _publish_labels(root, shards.fingerprint, folder / _LABEL_FILE)
-
-
-def find_shards(path: Path) -> tuple[Artifact, Artifact | None] | None:
-    """The image shards that ``path`` is or holds, and their labels or None.
-
-    Returns:
-        None where ``path`` is no finished shards artifact and does not hold exactly one.
-
-    Raises:
-        StorageError: A manifest cannot be read.
-        DataError: The shards have several sets of labels.
-    """
-    folders = [path] if path.name.startswith(f"{SHARDS}-") else sorted(path.glob(f"{SHARDS}-*"))
-    found = [artifact for folder in folders if (artifact := _open(folder))]
-    if len(found) != 1:
-        return None
-    shards = found[0]
-    labels = [
-        artifact
-        for folder in sorted(shards.path.parent.glob(f"{LABELS}-*"))
-        if (artifact := _open(folder)) and artifact.manifest["shards"] == shards.fingerprint
-    ]
-    if len(labels) > 1:
-        raise DataError(
-            f"{shards.path} has {len(labels)} sets of labels, {labels[0].path.name} and "
-            f"{labels[1].path.name} among them, and can have one; delete those that are wrong"
-        )
-    return shards, labels[0] if labels else None
-
-
-def _open(folder: Path) -> Artifact | None:
-    kind, _, print_ = folder.name.partition("-")
-    return open_artifact(folder.parent, kind, print_)
 
 
 def _decoded_blocks(chunks: list[Chunk], image_size: int, seed: int) -> Iterator[pa.Table]:
@@ -281,17 +249,3 @@ def _codes(names: set[str]) -> dict[str, int]:
     if all(name.isdecimal() and str(int(name)) == name and int(name) < 2**63 for name in names):
         return {name: int(name) for name in names}
     return {name: code for code, name in enumerate(sorted(names))}
-
-
-@contextmanager
-def _reporting_disk_errors(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except ray.exceptions.RayError:
-        # What fails on a worker can be an OSError too, and is not this disk's.
-        raise
-    except OSError as error:
-        raise StorageError(
-            f"{root} cannot be written ({error.strerror or error}); free some space or choose another "
-            "--out, then run the same command again"
-        ) from error

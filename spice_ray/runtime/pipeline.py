@@ -1,5 +1,6 @@
 """The paper's three stages as a straight line of artifacts: each is opened where it is complete, and else made."""
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -114,7 +115,8 @@ class Pipeline:
         settings["reliable"].pop("strict")
 
         def make(print_: str, progress: Path, show: Show) -> None:
-            ids, device = training_ids(self.train_shards), torch.device("cpu")
+            ids = training_ids(self.train_shards)
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             publish_reliable(self._root, print_, recipe, heads, self.embedding(), ids, device)
 
         return self._artifact(RELIABLE, "reliable pseudo-labels", "images", settings, [heads], make)
@@ -181,11 +183,11 @@ class Pipeline:
         self.run.publish_table(self.shards_artifact, "rejects.parquet")
         made = [self.shards_artifact, self.encoder(), self.embedding(), self.heads(), self.reliable(), self.joint()]
         prints = {artifact.kind: artifact.fingerprint for artifact in (*made, result)}
-        root = self.shards_artifact.path.parent.resolve()
-        inside = root.is_relative_to(self.run.path.resolve())
+        root, own = self.shards_artifact.path.parent.resolve(), self.run.artifacts.resolve()
         self.run.record(
             artifacts={**prints, LABELS: self.labels.fingerprint if self.labels else None},
-            shards_root=str(root.relative_to(self.run.path.resolve()) if inside else root),
+            # Shards of this run's own move with it; others stay where they are.
+            shards_root=os.path.relpath(root, self.run.path.resolve()) if root == own else str(root),
         )
         return result
 

@@ -248,6 +248,7 @@ def fit(
         scaling_config=ray.train.ScalingConfig(
             num_workers=scale.workers, use_gpu=scale.gpus_per_worker > 0, resources_per_worker=resources
         ),
+        torch_config=ray.train.torch.TorchConfig(backend=backend(scale)),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=str(checkpoints.resolve()),
@@ -260,6 +261,11 @@ def fit(
     except ray.train.TrainingFailedError as error:
         raise _user_error(error, name) from error
     shutil.rmtree(checkpoints / name, ignore_errors=True)
+
+
+def backend(scale: Scale) -> str:
+    """What workers talk through: nccl needs a GPU for each of them."""
+    return "nccl" if scale.gpus_per_worker >= 1 else "gloo"
 
 
 def _user_error(error: Exception, name: str) -> SpiceError:

@@ -1,5 +1,7 @@
 """Sweeps under Ray Tune: every trial shares stages 1 and 2 and is ranked by the same unsupervised loss."""
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +17,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from spice_ray.config import Sweep, sweep_recipe
+from spice_ray.config import Recipe, Sweep
 from spice_ray.contracts import JOINT
 from spice_ray.errors import SpiceError, TrainingError
+from spice_ray.recipe import sweep_recipe
 from spice_ray.run_folder import RunFolder, science
 from spice_ray.runtime.data import images_of
 from spice_ray.runtime.inference import final_loss, training_ids
@@ -26,7 +29,7 @@ from spice_ray.runtime.progress import Done, ProgressWriter, watched
 from spice_ray.runtime.train import Host, augmentation_of, initial_joint, publish_joint, run_joint
 from spice_ray.runtime.weights import load_joint
 from spice_ray.stages.assign import predict
-from spice_ray.storage import Artifact, open_artifact
+from spice_ray.storage import Artifact, open_artifact, read_json, write_json
 
 
 class SilentReporter:
@@ -70,11 +73,18 @@ def run_sweep(pipeline: Pipeline, settings: Sweep, name: str) -> list[dict[str, 
             "run the same command again with --verbose"
         )
     _write_trials(folder / "trials.parquet", rows, settings)
-    winner = sweep_recipe(pipeline.recipe, rows[0]["values"])
-    (folder / "winner.yaml").write_text(yaml.safe_dump(science(winner), sort_keys=False), encoding="utf-8")
-    result = replace(pipeline, recipe=winner).assignments()
-    RunFolder(folder, pipeline.run.artifacts).publish_table(result, "assignments.parquet")
+    _finish_winner(pipeline, sweep_recipe(pipeline.recipe, rows[0]["values"]), folder)
     return rows
+
+
+def _finish_winner(pipeline: Pipeline, winner: Recipe, folder: Path) -> None:
+    """Make the sweep's folder a run of the winner that shares the artifacts of the run that was swept."""
+    (folder / "winner.yaml").write_text(yaml.safe_dump(science(winner), sort_keys=False), encoding="utf-8")
+    record = read_json(pipeline.run.path / "run.json")
+    root = os.path.relpath(pipeline.run.artifacts, folder)
+    write_json(folder / "run.json", {**record, "recipe": science(winner), "artifacts_root": root})
+    shutil.copyfile(pipeline.run.path / "timing.json", folder / "timing.json")
+    replace(pipeline, recipe=winner, run=RunFolder(folder, pipeline.run.artifacts)).finish()
 
 
 def _fit(pipeline: Pipeline, settings: Sweep, folder: Path, progress: Path) -> ray.tune.ResultGrid:

@@ -96,7 +96,7 @@ class _Contrast:
 
     @torch.no_grad()
     def encode_keys(self, step: int, views: Tensor) -> Tensor:
-        """The keys of the global batch, (B, P), each normalised in another lane than its query (shuffled BN)."""
+        """The keys of the global batch, (B, P), each normalised among other rows than its query (shuffled BN)."""
         gathered = collectives.gather_lanes(views, self.lanes)
         shuffle = torch.from_numpy(permutation(stream_key(self.seed, "shuffle", step), len(gathered)))
         shuffle = shuffle.to(views.device, non_blocking=True)

@@ -23,6 +23,7 @@ from spice_ray.core.prototypes import (
     prototypes,
     unsupervised_loss,
 )
+from spice_ray.errors import TrainingError
 
 TEMPERATURE = 0.2
 """Of the tempered cross-entropy ablation, in the E-step and the loss alike."""
@@ -64,12 +65,16 @@ def train_head(
 
     Returns:
         The weights of the epoch with the least unsupervised loss, and that loss.
+
+    Raises:
+        TrainingError: No epoch's loss is a number.
     """
     head = ClusterHead(bank.plain.shape[1], num_clusters, stream_key(seed, "head", index)).to(device)
     optimizer = torch.optim.Adam(head.parameters(), lr=settings.lr)
     round_size = min(settings.round_size, len(train_ids))
     losses: list[float] = []
     best: dict[str, Tensor] = {}
+    best_loss = math.inf
     for epoch in range(settings.epochs):
         order = train_ids[permutation(stream_key(seed, "head", index, epoch), len(train_ids))]
         for number in range(len(order) // round_size):
@@ -78,10 +83,16 @@ def train_head(
             key = stream_key(seed, "head", index, epoch, number)
             fit_round(head, optimizer, bank, rows, pseudo, settings, key)
         losses.append(evaluate_head(head, bank, train_ids, settings.confident_fraction))
-        if losses[-1] < min(losses[:-1], default=math.inf):
+        if losses[-1] < best_loss:
+            best_loss = losses[-1]
             best = {name: weight.detach().cpu().clone() for name, weight in head.state_dict().items()}
         on_epoch()
-    return TrainedHead(best, min(losses), losses.index(min(losses)), losses)
+    if not best:
+        raise TrainingError(
+            f"head {index} has no loss that is a number in any of its {settings.epochs} epochs; lower heads.lr, or "
+            "pretrain.lr if the losses of stage 1 are no numbers either"
+        )
+    return TrainedHead(best, best_loss, losses.index(best_loss), losses)
 
 
 @torch.no_grad()

@@ -2,8 +2,6 @@ import io
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from PIL import Image
 
 from spice_ray.errors import DataError, StorageError
 from spice_ray.readers.decode import decode
 from spice_ray.readers.source import open_source
-from spice_ray.runtime.ingest import find_shards, ingest
+from spice_ray.runtime.ingest import ingest
+from spice_ray.shards import find_shards
 from spice_ray.storage import Artifact
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 SIZE = 8
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as folder:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
-        yield
-        ray.shutdown()
 
 
 def png(value: int) -> bytes:

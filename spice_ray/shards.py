@@ -1,0 +1,59 @@
+"""Finished image shards, found and checked against a recipe without reading an image."""
+
+from pathlib import Path
+
+from spice_ray.config import Recipe, check_images
+from spice_ray.contracts import LABELS, SHARDS, TRAIN_SPLITS
+from spice_ray.errors import ConfigError, DataError
+from spice_ray.storage import Artifact, open_artifact
+
+
+def find_shards(path: Path) -> tuple[Artifact, Artifact | None] | None:
+    """The image shards that ``path`` is or holds, and their labels or None.
+
+    Returns:
+        None where ``path`` is no finished shards artifact and does not hold exactly one.
+
+    Raises:
+        StorageError: A manifest cannot be read.
+        DataError: The shards have several sets of labels.
+    """
+    folders = [path] if path.name.startswith(f"{SHARDS}-") else sorted(path.glob(f"{SHARDS}-*"))
+    found = [artifact for folder in folders if (artifact := _open(folder))]
+    if len(found) != 1:
+        return None
+    shards = found[0]
+    labels = [
+        artifact
+        for folder in sorted(shards.path.parent.glob(f"{LABELS}-*"))
+        if (artifact := _open(folder)) and artifact.manifest["shards"] == shards.fingerprint
+    ]
+    if len(labels) > 1:
+        raise DataError(
+            f"{shards.path} has {len(labels)} sets of labels, {labels[0].path.name} and "
+            f"{labels[1].path.name} among them, and can have one; delete those that are wrong"
+        )
+    return shards, labels[0] if labels else None
+
+
+def check_shards(recipe: Recipe, shards: Artifact) -> None:
+    """Refuse a recipe that does not fit the images.
+
+    Raises:
+        ConfigError: They are too few, or of another size.
+    """
+    size, splits = shards.manifest["image_size"], shards.manifest["splits"]
+    if size != recipe.image.size:
+        raise ConfigError(
+            f"the shards hold images of {size} pixels and the recipe asks for "
+            f"image.size={recipe.image.size}; ingest again, or set image.size={size}"
+        )
+    if recipe.protocol == "whole":
+        check_images(recipe, shards.manifest["num_images"], shards.manifest["num_images"])
+    else:
+        check_images(recipe, sum(splits.get(name, 0) for name in TRAIN_SPLITS), splits.get("train", 0))
+
+
+def _open(folder: Path) -> Artifact | None:
+    kind, _, print_ = folder.name.partition("-")
+    return open_artifact(folder.parent, kind, print_)

@@ -1,0 +1,39 @@
+"""A small corpus, and a recipe that runs through all stages in seconds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from spice_ray import workflow
+from spice_ray.config import Recipe
+from spice_ray.recipe import load_recipe
+from spice_ray.runtime.tune import SilentReporter
+
+NUM_IMAGES = 600
+OVERRIDES = {
+    "pretrain.epochs": 8,
+    "pretrain.batch_size": 64,
+    "pretrain.queue_size": 128,
+    "heads.count": 3,
+    "heads.epochs": 4,
+    "heads.repeats": 2,
+    "reliable.min_consistency": 0.5,
+    "joint.steps": 60,
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The same encoded images as Parquet with true labels, with noise for labels, and as a folder."""
+
+    parquet: Path
+    poisoned: Path
+    folder: Path
+
+
+def small_recipe(*more: str) -> Recipe:
+    return load_recipe("digits", [*(f"{key}={value}" for key, value in OVERRIDES.items()), *more])
+
+
+def cluster(data: Path, out: Path, *more: str) -> Path:
+    workflow.run(workflow.prepare(small_recipe(*more), str(data), out), SilentReporter())
+    return out

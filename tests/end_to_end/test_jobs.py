@@ -1,0 +1,77 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.end_to_end.small_runs import NUM_IMAGES, Corpus
+
+REPOSITORY = Path(__file__).parents[2]
+RAY = Path(sys.executable).parent / "ray"
+ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [found.getsockname()[1] for found in sockets]
+    for found in sockets:
+        found.close()
+    return ports
+
+
+@pytest.fixture
+def job_server() -> Iterator[str]:
+    """A Ray head with its job server on loopback, ended by its process id."""
+    gcs, dashboard, client, agent = free_ports(4)
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command = [
+            *(str(RAY), "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=3"),
+            *(f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
+            *(f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}", "--include-dashboard=true"),
+        ]
+        head = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        try:
+            wait_for_server(dashboard, head)
+            yield f"http://127.0.0.1:{dashboard}"
+        finally:
+            head.send_signal(signal.SIGTERM)
+            head.wait(60)
+
+
+def wait_for_server(port: int, head: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert head.poll() is None, "the Ray head ended early"
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.5)
+    pytest.fail("the job server did not come up in 120 s")
+
+
+@pytest.mark.timeout(900)
+def test_a_submitted_job_clusters_images(job_server: str, corpus: Corpus, recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    entry = ["python", "jobs/run.py", str(recipe_file), "--data", str(corpus.parquet), "--out", str(out)]
+    job = subprocess.run(
+        [str(RAY), "job", "submit", "--address", job_server, "--working-dir", ".", "--", *entry],
+        cwd=REPOSITORY,
+        env={**ENVIRONMENT, "PATH": f"{RAY.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-3000:]
+    table = pq.read_table(out / "assignments.parquet")
+    assert table["sample_id"].to_pylist() == list(range(NUM_IMAGES))
+    assert len(json.loads((out / "run.json").read_text())["artifacts"]) == 8

@@ -1,0 +1,130 @@
+import csv
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import adjusted_rand_score
+
+from spice_ray.evaluate import evaluate
+from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, cluster
+
+COLUMNS = ["sample_id", "source", "split", "cluster", "confidence", "consistency", "reliable"]
+KINDS = ["shards", "encoder", "embedding", "heads", "reliable", "joint", "assignments"]
+
+
+def digests(run: Path) -> dict[str, str]:
+    """Every file of a run's artifacts but the labels, by content."""
+    files = sorted(file for file in (run / "artifacts").rglob("*") if file.is_file())
+    return {
+        str(file.relative_to(run)): hashlib.blake2b(file.read_bytes()).hexdigest()
+        for file in files
+        if not file.relative_to(run / "artifacts").parts[0].startswith("labels-")
+    }
+
+
+def losses(run: Path, stage: str) -> list[float]:
+    with (run / "progress" / stage / "losses.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def clusters(run: Path) -> list[int]:
+    return pq.read_table(run / "assignments.parquet")["cluster"].to_pylist()
+
+
+def test_every_image_gets_one_row(finished: Path) -> None:
+    table = pq.read_table(finished / "assignments.parquet")
+    assert table.column_names == COLUMNS
+    assert table["sample_id"].to_pylist() == list(range(NUM_IMAGES))
+    assert len(set(table["source"].to_pylist())) == NUM_IMAGES
+    assert set(table["cluster"].to_pylist()) <= set(range(10))
+    confidence = table["confidence"].to_numpy()
+    assert ((confidence > 0.1) & (confidence <= 1)).all()
+    assert pq.read_table(finished / "rejects.parquet").num_rows == 0
+
+
+def test_reliable_means_that_more_neighbours_agree_than_the_threshold(finished: Path) -> None:
+    table = pq.read_table(finished / "assignments.parquet")
+    consistency, reliable = table["consistency"].to_numpy(), np.asarray(table["reliable"].to_pylist())
+    assert 0 < reliable.sum() < NUM_IMAGES
+    assert (reliable == (consistency > 0.5)).all()
+
+
+def test_the_result_beats_chance_by_far(finished: Path, tmp_path: Path) -> None:
+    result = evaluate(Path(shutil.copytree(finished, tmp_path / "run")))
+    assert result["n"] == NUM_IMAGES
+    assert result["nmi"] > 0.4
+    assert [row["method"] for row in result["rows"]] == [
+        "k-means on pixels",
+        "k-means on the embedding",
+        "SPICE_s",
+        "SPICE",
+    ]
+
+
+def test_a_finished_run_is_not_done_again(copied: Path, corpus: Corpus) -> None:
+    before = {file: file.stat().st_mtime_ns for file in (copied / "artifacts").rglob("*")}
+    cluster(corpus.parquet, copied)
+    assert {file: file.stat().st_mtime_ns for file in (copied / "artifacts").rglob("*")} == before
+
+
+def test_labels_reach_nothing_but_their_artifact(finished: Path, corpus: Corpus, tmp_path: Path) -> None:
+    # The poisoned file keeps its neighbour's name, and so its source names.
+    poisoned = cluster(corpus.poisoned, tmp_path / "poisoned")
+    assert digests(poisoned) == digests(finished)
+    assert (poisoned / "assignments.parquet").read_bytes() == (finished / "assignments.parquet").read_bytes()
+    labels = [next((run / "artifacts").glob("labels-*")).name for run in (poisoned, finished)]
+    assert labels[0] != labels[1]
+
+
+def test_a_folder_of_the_same_bytes_gives_the_same_rows(finished: Path, corpus: Corpus, tmp_path: Path) -> None:
+    folder = cluster(corpus.folder, tmp_path / "folder")
+    tables = [pq.read_table(run / "assignments.parquet").drop_columns(["source"]) for run in (folder, finished)]
+    assert tables[0].equals(tables[1])
+    assert not list((folder / "artifacts").glob("labels-*"))
+
+
+def test_two_workers_compute_what_one_does(copied: Path, corpus: Corpus, tmp_path: Path) -> None:
+    one = copied
+    two = cluster(corpus.parquet, tmp_path / "two", "scale.workers=2")
+    assert losses(two, "encoder")[:20] == pytest.approx(losses(one, "encoder")[:20], rel=1e-4)
+    assert adjusted_rand_score(clusters(one), clusters(two)) > 0.5
+    # Stage 3 again with two workers, from the first run's stages 1 and 2.
+    expected = losses(one, "joint")
+    for kind in ("joint", "assignments"):
+        shutil.rmtree(next((one / "artifacts").glob(f"{kind}-*")))
+    cluster(corpus.parquet, one, "scale.workers=2")
+    assert losses(one, "joint")[:20] == pytest.approx(expected[:20], rel=1e-4)
+
+
+def test_thresholds_that_keep_nothing_skip_stage_3(copied: Path, corpus: Corpus, tmp_path: Path) -> None:
+    run = tmp_path / "strict"
+    shutil.copytree(copied, run)
+    record = json.loads((run / "run.json").read_text())
+    record["recipe"]["reliable"]["min_confidence"] = 0.999999
+    (run / "run.json").write_text(json.dumps(record))
+    cluster(corpus.parquet, run, "reliable.min_confidence=0.999999")
+    table = pq.read_table(run / "assignments.parquet")
+    assert not any(table["reliable"].to_pylist())
+    heads = next((run / "artifacts").glob("heads-*"))
+    assert table["cluster"].to_pylist() == np.load(heads / "assignments.npy").tolist()
+
+
+def test_the_split_protocol_trains_on_train_and_scores_on_test(corpus: Corpus, tmp_path: Path, local_ray: None) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    table = pq.read_table(corpus.parquet)
+    pq.write_table(table.slice(0, 450), source / "train.parquet")
+    pq.write_table(table.slice(450), source / "test.parquet")
+    run = cluster(source, tmp_path / "run", "protocol=split", "pretrain.queue_size=64")
+    rows = pq.read_table(run / "assignments.parquet")
+    is_train = np.asarray(rows["split"].to_pylist()) == "train"
+    assert is_train.sum() == 450
+    consistency = np.asarray(rows["consistency"].to_pylist(), float)
+    assert np.isnan(consistency[~is_train]).all()
+    assert not np.isnan(consistency[is_train]).any()
+    assert not np.asarray(rows["reliable"].to_pylist())[~is_train].any()
+    assert evaluate(run)["n"] == 150

@@ -1,0 +1,301 @@
+"""Stage 1 in plain torch: against a slow twin, over 1, 2 and 4 real workers, and interrupted."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from spice_ray.config import Pretrain
+from spice_ray.core import collectives
+from spice_ray.core.augment import Augmentation
+from spice_ray.core.encoders import build_encoder
+from spice_ray.core.lanes import LaneImages, ShuffledLanes
+from spice_ray.core.moco import ProjectedEncoder, cosine
+from spice_ray.core.order import stream_key
+from spice_ray.stages.pretrain import _Contrast, pretrain
+
+CPU = torch.device("cpu")
+SEED, STEPS, STOP = 5, 20, 7
+FILES = [9, 7, 10, 8, 8, 8, 7, 9]  # lane g owns files g and g + 4: lanes of 17, 15, 17 and 17 images
+CASES = {"digits": ("digits", False), "natural": ("natural", True)}  # views, symmetric
+
+
+class KilledError(Exception):
+    """What a kill is to the loop."""
+
+
+class Recorder:
+    """Keeps losses; with ``stop``, saves a snapshot after that step and interrupts the loop."""
+
+    def __init__(self, state: dict[str, Any] | None = None, stop: int | None = None, file: Path | None = None) -> None:
+        self.state, self.stop, self.file = state, stop, file
+        self.losses: list[float] = []
+
+    def restore(self):
+        return self.state
+
+    def advance(self, step, total, loss, snapshot):
+        self.losses.append(loss.item())
+        first = self.state["step"] if self.state else 0
+        assert (step, total) == (first + len(self.losses), STEPS)
+        if step == self.stop:
+            state = snapshot()
+            if collectives.rank() == 0:
+                torch.save(state, self.file)
+            raise KilledError
+
+
+def settings(**changes: Any) -> Pretrain:
+    values = {"lanes": 4, "encoder": "convnet", "epochs": 5, "batch_size": 16, "queue_size": 32, "projection_dim": 16}
+    # At a rate of 0.05 already, weights that differ in the 7th digit may differ in the 3rd after these 20 steps.
+    training = {"temperature": 0.2, "momentum": 0.9, "lr": 0.02, "weight_decay": 1e-3, "warmup_epochs": 1}
+    return Pretrain(**(values | training | changes))
+
+
+def augmentation(family: str) -> Augmentation:
+    return Augmentation(family, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def dataset() -> Tensor:
+    coarse = torch.rand(sum(FILES), 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    return (255 * F.interpolate(coarse, size=16, mode="bilinear")).to(torch.uint8)
+
+
+def worker_lanes(num_lanes: int = 4, rows_per_lane: int = 4) -> ShuffledLanes:
+    """The lanes of this process among ``num_lanes``."""
+    share = num_lanes // collectives.world_size()
+    lane_ids = list(range(collectives.rank() * share, (collectives.rank() + 1) * share))
+    file_ids = torch.arange(sum(FILES)).split(FILES)
+    ids = torch.cat([rows for lane in lane_ids for rows in file_ids[lane::num_lanes]])
+    images = LaneImages(dataset()[ids], ids, lane_ids, [FILES[lane::num_lanes] for lane in lane_ids], num_lanes)
+    return ShuffledLanes(images, rows_per_lane=rows_per_lane, key=stream_key(SEED, "pretrain"))
+
+
+def wrap(module):
+    if collectives.world_size() == 1:
+        return module
+    return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def train(case: str, recorder: Recorder) -> dict[str, Any]:
+    family, symmetric = CASES[case]
+    encoder = pretrain(
+        settings(symmetric=symmetric),
+        worker_lanes(),
+        augmentation(family),
+        num_images=sum(FILES),
+        seed=SEED,
+        device=CPU,
+        wrap=wrap,
+        progress=recorder,
+    )
+    return {"losses": recorder.losses, "encoder": encoder.state_dict()}
+
+
+def train_interrupted(case: str, file: Path) -> dict[str, Any]:
+    """Stop after some steps, and go on in a run of its own from what was saved."""
+    before = Recorder(stop=STOP, file=file)
+    with pytest.raises(KilledError):
+        train(case, before)
+    if dist.is_initialized():
+        dist.barrier()
+    result = train(case, Recorder(torch.load(file, weights_only=True)))
+    return {**result, "losses": before.losses + result["losses"]}
+
+
+def work(folder: Path) -> None:
+    """What each of four workers does, and then the first two of them; runs in processes of its own."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.save({case: train(case, Recorder()) for case in CASES}, folder / f"4-{rank}.pt")
+    dist.destroy_process_group()
+    if rank < 2:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        results = {case: train(case, Recorder()) for case in CASES}
+        results |= {f"{case} resumed": train_interrupted(case, folder / f"{case}.pt") for case in CASES}
+        torch.save(results, folder / f"2-{rank}.pt")
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workers")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    subprocess.run([*launch, __file__, str(folder)], check=True, timeout=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """Of 1, 2 and 4 workers, each rank's losses and encoders."""
+    ranks = {n: [torch.load(folder / f"{n}-{r}.pt", weights_only=True) for r in range(n)] for n in (2, 4)}
+    return {1: [{case: train(case, Recorder()) for case in CASES}], **ranks}
+
+
+def assert_same(state: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert state.keys() == other.keys()
+    assert [name for name in state if not torch.equal(state[name], other[name])] == []
+
+
+def assert_close(state: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert state.keys() == other.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("workers", [2, 4])
+def test_any_number_of_workers_gives_the_losses_and_the_encoder_of_one(results, case, workers):
+    alone, together = results[1][0][case], results[workers][0][case]
+    assert len(together["losses"]) == STEPS
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert_close(together["encoder"], alone["encoder"])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("workers", [2, 4])
+def test_all_workers_end_with_the_same_encoder_and_losses(results, case, workers):
+    first, *others = (result[case] for result in results[workers])
+    for other in others:
+        assert other["losses"] == first["losses"]
+        assert_same(other["encoder"], first["encoder"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_interrupted_worker_ends_where_an_undisturbed_one_does_to_the_bit(results, case, tmp_path):
+    resumed = train_interrupted(case, tmp_path / "state.pt")
+    assert resumed["losses"] == results[1][0][case]["losses"]
+    assert_same(resumed["encoder"], results[1][0][case]["encoder"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_interrupted_workers_end_where_two_undisturbed_ones_do_to_the_bit(results, case):
+    for result in results[2]:
+        assert result[f"{case} resumed"]["losses"] == result[case]["losses"]
+        assert_same(result[f"{case} resumed"]["encoder"], result[case]["encoder"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_worker_can_go_on_where_two_were_interrupted(results, folder, case):
+    resumed = train(case, Recorder(torch.load(folder / f"{case}.pt", weights_only=True)))
+    assert resumed["losses"] == pytest.approx(results[1][0][case]["losses"][STOP:], rel=1e-4)
+    assert_close(resumed["encoder"], results[1][0][case]["encoder"])
+
+
+# One lane: batch norm over the whole batch, for which a plain twin is short
+
+
+def twin_losses(steps: int) -> list[float]:
+    """Eq. 1 with MoCo's algorithm 1, for one lane."""
+    query = ProjectedEncoder(build_encoder("convnet", stream_key(SEED, "encoder")), 16, stream_key(SEED, "projector"))
+    momentum = copy.deepcopy(query)
+    queue = _contrast(settings(lanes=1)).queue.keys.clone()
+    groups = [[p for p in query.parameters() if (p.ndim > 1) is decayed] for decayed in (True, False)]
+    groups = [{"params": groups[0], "weight_decay": 1e-3}, {"params": groups[1]}]
+    optimizer = torch.optim.SGD(groups, lr=1, momentum=0.9)
+    lanes, losses = worker_lanes(1, 16), []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * cosine(step, STEPS, 4)
+        batch = lanes.batch(step)
+        views = [
+            augmentation("natural").contrastive(batch.images, batch.draws, stream_key(SEED, "pretrain", view))
+            for view in (0, 1)
+        ]
+        with torch.no_grad():
+            for old, new in zip(momentum.parameters(), query.parameters(), strict=True):
+                old.copy_(0.9 * old + 0.1 * new)
+            keys = momentum(views[1])
+        queries = query(views[0])
+        positives = (queries * keys).sum(dim=1).div(0.2).exp()
+        negatives = (queries @ queue.T).div(0.2).exp().sum(dim=1)
+        loss = -(positives / (positives + negatives)).log().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        queue = torch.cat([queue[16:], keys])
+        losses.append(loss.item())
+    return losses
+
+
+def test_losses_are_those_of_a_plain_twin(tmp_path):
+    recorder = Recorder(stop=6, file=tmp_path / "state.pt")
+    with pytest.raises(KilledError):
+        pretrain(
+            settings(lanes=1),
+            worker_lanes(1, 16),
+            augmentation("natural"),
+            num_images=sum(FILES),
+            seed=SEED,
+            device=CPU,
+            wrap=wrap,
+            progress=recorder,
+        )
+    assert recorder.losses == pytest.approx(twin_losses(6), rel=1e-4)
+
+
+# Keys
+
+
+def _contrast(pretrain_settings: Pretrain) -> _Contrast:
+    lanes = pretrain_settings.lanes
+    return _Contrast(pretrain_settings, lanes, augmentation("none"), SEED, CPU, wrap)
+
+
+def test_keys_come_back_in_the_order_of_their_queries():
+    trainer = _contrast(settings())
+    trainer.momentum_encoder.eval()  # without batch statistics each row is on its own
+    views = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = trainer.momentum_encoder(views)
+    for step in range(5):
+        torch.testing.assert_close(trainer.encode_keys(step, views), expected, rtol=1e-5, atol=1e-6)
+
+
+def key_groups(trainer: _Contrast, step: int, views: Tensor) -> list[set[int]]:
+    """For each row, the rows whose keys change when it changes: its key's batch-norm group."""
+    keys, groups = trainer.encode_keys(step, views), []
+    for row in range(len(views)):
+        changed = views.clone()
+        changed[row] = 3 * changed[row].flip(-1) + 1
+        difference = (trainer.encode_keys(step, changed) - keys).abs().amax(dim=1)
+        groups.append(set(torch.nonzero(difference > 1e-6).flatten().tolist()))
+    return groups
+
+
+def test_no_key_is_normalised_among_the_rows_of_its_querys_lane():
+    trainer = _contrast(settings(batch_size=32))
+    views = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    seen = []
+    for step in (0, 1):
+        groups = key_groups(trainer, step, views)
+        for row, group in enumerate(groups):
+            assert len(group) == 8
+            assert row in group
+            assert group != set(range(row % 4, 32, 4))
+        seen.append(groups)
+    assert seen[0] != seen[1]  # each step shuffles anew
+
+
+def test_the_queue_takes_in_each_steps_keys_and_keeps_the_rest():
+    trainer, lanes = _contrast(settings()), worker_lanes()
+    before = trainer.queue.keys.clone()
+    for step in range(4):
+        trainer.step(step, lanes.batch(step))
+        new = slice(0, 16) if step % 2 == 0 else slice(16, 32)
+        old = slice(16, 32) if step % 2 == 0 else slice(0, 16)
+        assert torch.equal(trainer.queue.keys[old], before[old])
+        assert not torch.isclose(trainer.queue.keys[new], before[new]).all(dim=1).any()
+        torch.testing.assert_close(trainer.queue.keys.norm(dim=1), torch.ones(32))
+        before = trainer.queue.keys.clone()
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))

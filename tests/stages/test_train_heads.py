@@ -1,0 +1,222 @@
+"""Stage 2: what a head depends on, what it returns, and that it finds clusters."""
+
+import hashlib
+import math
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from spice_ray.config import Heads
+from spice_ray.contracts import Bank
+from spice_ray.core.heads import ClusterHead
+from spice_ray.errors import TrainingError
+from spice_ray.stages.train_heads import TrainedHead, choose_head, evaluate_head, label_round, train_head
+
+CPU = torch.device("cpu")
+SEED, CLUSTERS, COUNT, WIDTH = 4, 5, 400, 16
+ABLATIONS = [
+    {},
+    {"assignment": "exclusive"},
+    {"loss": "cross_entropy"},
+    {"loss": "tempered"},
+    {"entropy_weight": 1.0},
+]
+
+
+def mixture() -> tuple[Bank, NDArray[np.int64]]:
+    """Five Gaussians of unequal width, their order shuffled; each view has noise of its own."""
+    generator = np.random.default_rng(0)
+    labels_true = generator.permutation(np.arange(COUNT) % CLUSTERS)
+    centres = 3 * np.linalg.qr(generator.normal(size=(WIDTH, WIDTH)))[0][:CLUSTERS]
+    points = centres[labels_true] + 0.4 * generator.normal(size=(COUNT, WIDTH))
+
+    def view(*shape: int) -> NDArray[np.float32]:
+        return (points + 0.1 * generator.normal(size=(*shape, COUNT, WIDTH))).astype(np.float32)
+
+    plain = view()
+    embedding = plain / np.linalg.norm(plain, axis=1, keepdims=True)
+    return Bank(embedding, plain, view(), view(3)), labels_true
+
+
+def settings(**changes: Any) -> Heads:
+    return Heads(**({"epochs": 4, "round_size": 130, "repeats": 2, "batch_size": 32, "lr": 0.005} | changes))
+
+
+def train(bank: Bank, index: int = 0, *, train_ids: NDArray[np.int64] | None = None, **changes: Any) -> TrainedHead:
+    return train_head(
+        bank,
+        index,
+        settings(**changes),
+        num_clusters=CLUSTERS,
+        seed=SEED,
+        device=CPU,
+        train_ids=np.arange(len(bank.plain)) if train_ids is None else train_ids,
+        on_epoch=lambda: None,
+    )
+
+
+def digest(trained: TrainedHead) -> str:
+    weights = b"".join(weight.numpy().tobytes() for weight in trained.weights.values())
+    return hashlib.sha256(weights + repr(trained.losses).encode()).hexdigest()
+
+
+def head_of(trained: TrainedHead) -> ClusterHead:
+    head = ClusterHead(WIDTH, CLUSTERS, 0)
+    head.load_state_dict(trained.weights)
+    return head
+
+
+@pytest.fixture(scope="module")
+def bank() -> Bank:
+    return mixture()[0]
+
+
+# What a head depends on
+
+
+def test_a_head_is_the_same_to_the_bit_in_another_process_that_trains_others_first(bank):
+    torch.set_num_threads(1)
+    command = [sys.executable, __file__, "2", "0", "1"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.split()
+    assert [digest(train(bank, index)) for index in (0, 1, 2)] == [lines[1], lines[2], lines[0]]
+
+
+def test_heads_of_other_numbers_are_other_heads(bank):
+    assert len({digest(train(bank, index, epochs=1)) for index in range(4)}) == 4
+
+
+def test_a_head_does_not_depend_on_the_processs_generator_and_leaves_it_alone(bank):
+    torch.manual_seed(1)
+    first = digest(train(bank, epochs=1))
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert digest(train(bank, epochs=1)) == first
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_mapped_bank_gives_the_same_head_and_its_files_stay_as_they_were(bank, tmp_path):
+    for name, array in bank._asdict().items():
+        np.save(tmp_path / f"{name}.npy", array)
+    before = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tmp_path.iterdir()}
+    mapped = Bank(*(np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in Bank._fields))
+    assert digest(train(mapped)) == digest(train(bank))
+    assert {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("changes", ABLATIONS)
+def test_a_bank_is_never_written_not_even_where_it_could_be(changes):
+    bank, _ = mixture()
+    before = [array.copy() for array in bank]
+    trained = train(bank, epochs=2, **changes)
+    assert all(np.array_equal(array, kept) for array, kept in zip(bank, before, strict=True))
+    for array in bank:
+        array.flags.writeable = False
+    assert digest(train(bank, epochs=2, **changes)) == digest(trained)
+
+
+def test_rows_outside_the_training_split_have_no_influence(bank):
+    train_ids = np.arange(0, COUNT, 2)
+    poisoned = Bank(*(array.copy() for array in bank))
+    for array in poisoned:
+        array[..., 1::2, :] = np.nan
+    assert digest(train(poisoned, train_ids=train_ids)) == digest(train(bank, train_ids=train_ids))
+
+
+# What it returns
+
+
+@pytest.mark.parametrize("lr", [0.005, 0.2])
+def test_the_weights_returned_are_the_best_epochs(bank, lr):
+    trained = train(bank, epochs=6, lr=lr)
+    assert len(trained.losses) == 6
+    assert trained.loss == min(trained.losses)
+    assert trained.best_epoch == trained.losses.index(trained.loss)
+    recomputed = evaluate_head(head_of(trained), bank, np.arange(COUNT), 0.5)
+    assert recomputed == trained.loss
+
+
+def test_later_epochs_leave_the_earlier_ones_as_they_were_and_the_best_may_not_be_the_last(bank):
+    full = train(bank, epochs=6, lr=0.2)
+    assert full.best_epoch < 5
+    short = train(bank, epochs=full.best_epoch + 1, lr=0.2)
+    assert short.losses == full.losses[: full.best_epoch + 1]
+    assert all(torch.equal(short.weights[name], weight) for name, weight in full.weights.items())
+
+
+def test_every_epoch_is_reported(bank):
+    epochs = []
+    train_head(
+        bank,
+        0,
+        settings(epochs=3, repeats=1),
+        num_clusters=CLUSTERS,
+        seed=SEED,
+        device=CPU,
+        train_ids=np.arange(COUNT),
+        on_epoch=lambda: epochs.append(None),
+    )
+    assert len(epochs) == 3
+
+
+def test_a_round_larger_than_the_images_takes_all_of_them(bank):
+    assert digest(train(bank, epochs=1, round_size=10_000)) == digest(train(bank, epochs=1, round_size=COUNT))
+
+
+def test_features_that_are_no_numbers_are_an_error_of_one_sentence(bank):
+    broken = Bank(*(np.full_like(array, np.nan) for array in bank))
+    with pytest.raises(TrainingError, match=r"head 3 .*lr"):
+        train(broken, 3, epochs=1)
+
+
+def test_the_e_step_reads_weak_views_for_confidence_and_plain_ones_for_similarity(bank):
+    head, rows = ClusterHead(WIDTH, CLUSTERS, 1), np.arange(50, 150)
+    expected = label_round(head, bank, rows, settings())
+    poison = np.full_like(bank.plain, np.nan)
+    same = label_round(head, bank._replace(plain=poison, strong=poison[None]), rows, settings())
+    assert torch.equal(same.indices, expected.indices)
+    assert torch.equal(same.labels, expected.labels)
+    for changed in (bank._replace(weak=bank.weak[::-1].copy()), bank._replace(embedding=bank.embedding[::-1].copy())):
+        assert not torch.equal(label_round(head, changed, rows, settings()).indices, expected.indices)
+
+
+# Which is chosen
+
+
+def trained_with(loss: float) -> TrainedHead:
+    return TrainedHead({}, loss, 0, [loss])
+
+
+def test_the_head_with_the_least_loss_is_chosen_and_of_equals_the_first():
+    assert choose_head([trained_with(loss) for loss in (0.9, 0.7, 0.8)]) == 1
+    assert choose_head([trained_with(loss) for loss in (0.9, 0.7, 0.8, 0.7)]) == 1
+    assert choose_head([trained_with(0.5)] * 3) == 0
+
+
+# That it learns
+
+
+@pytest.mark.parametrize("changes", ABLATIONS)
+def test_the_chosen_head_finds_a_mixture_of_gaussians(changes):
+    bank, labels_true = mixture()
+    heads = [train(bank, index, epochs=6, repeats=4, round_size=COUNT, **changes) for index in range(3)]
+    best = heads[choose_head(heads)]
+    with torch.no_grad():
+        labels = head_of(best)(torch.from_numpy(bank.plain)).argmax(dim=1).numpy()
+    table = np.zeros((CLUSTERS, CLUSTERS), np.int64)
+    np.add.at(table, (labels, labels_true), 1)
+    rows, columns = linear_sum_assignment(table, maximize=True)
+    assert table[rows, columns].sum() / COUNT > 0.95
+    if not changes:
+        assert best.loss == pytest.approx(math.log(1 + (CLUSTERS - 1) / math.e), abs=0.05)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    shared = mixture()[0]
+    print(*(digest(train(shared, int(number))) for number in sys.argv[1:]))

@@ -1,0 +1,279 @@
+"""Stage 3 in plain torch: against a slow twin, over 1, 2 and 4 real workers, and interrupted."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from spice_ray.config import Joint
+from spice_ray.core import collectives
+from spice_ray.core.augment import Augmentation
+from spice_ray.core.encoders import build_encoder
+from spice_ray.core.heads import ClusterHead
+from spice_ray.core.joint import JointModel
+from spice_ray.core.lanes import DrawnLanes, LaneImages, ShuffledLanes
+from spice_ray.core.order import stream_key
+from spice_ray.stages.train_joint import train_joint
+
+CPU = torch.device("cpu")
+SEED, STEPS, STOP, CLUSTERS = 5, 20, 7, 3
+FILES = [9, 7, 10, 8, 8, 8, 7, 9]  # lane g owns files g and g + 4
+TOTAL = sum(FILES)
+LABELS = torch.arange(TOTAL) % CLUSTERS
+WEIGHTS = torch.tensor([0.0, 1.0, 0.5, 2.0, 1.0]).repeat(14)[:TOTAL]
+CASES = {"digits": ("digits", True), "natural": ("natural", False)}  # views, one_pass
+
+
+class KilledError(Exception):
+    """What a kill is to the loop."""
+
+
+class Recorder:
+    """Keeps losses; with ``stop``, saves a snapshot after that step and interrupts the loop."""
+
+    def __init__(self, state: dict[str, Any] | None = None, stop: int | None = None, file: Path | None = None) -> None:
+        self.state, self.stop, self.file = state, stop, file
+        self.losses: list[float] = []
+
+    def restore(self):
+        return self.state
+
+    def advance(self, step, total, loss, snapshot):
+        self.losses.append(loss.item())
+        first = self.state["step"] if self.state else 0
+        assert (step, total) == (first + len(self.losses), STEPS)
+        if step == self.stop:
+            state = snapshot()
+            if collectives.rank() == 0:
+                torch.save(state, self.file)
+            raise KilledError
+
+
+def settings(**changes: Any) -> Joint:
+    values = {"lanes": 4, "steps": STEPS, "labelled_batch": 8, "unlabelled_ratio": 2, "confidence": 0.4, "ema": 0.9}
+    return Joint(**(values | {"lr": 0.01, "weight_decay": 1e-3} | changes))
+
+
+def augmentation(family: str) -> Augmentation:
+    return Augmentation(family, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def dataset() -> Tensor:
+    coarse = torch.rand(TOTAL, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    return (255 * F.interpolate(coarse, size=16, mode="bilinear")).to(torch.uint8)
+
+
+def initial_model() -> JointModel:
+    return JointModel(build_encoder("convnet", 1), ClusterHead(128, CLUSTERS, 2))
+
+
+def streams(num_lanes: int = 4) -> tuple[DrawnLanes, ShuffledLanes]:
+    """The labelled and the unlabelled rows of this process, 8 and 16 of a global batch."""
+    share = num_lanes // collectives.world_size()
+    lane_ids = list(range(collectives.rank() * share, (collectives.rank() + 1) * share))
+    file_ids = torch.arange(TOTAL).split(FILES)
+    ids = torch.cat([rows for lane in lane_ids for rows in file_ids[lane::num_lanes]])
+    images = LaneImages(dataset()[ids], ids, lane_ids, [FILES[lane::num_lanes] for lane in lane_ids], num_lanes)
+    rows = 8 // num_lanes
+    return (
+        DrawnLanes(images, WEIGHTS > 0, rows_per_lane=rows, key=stream_key(SEED, "labelled")),
+        ShuffledLanes(images, rows_per_lane=2 * rows, key=stream_key(SEED, "unlabelled")),
+    )
+
+
+def wrap(module):
+    if collectives.world_size() == 1:
+        return module
+    return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def train(joint: Joint, family: str, recorder: Recorder) -> JointModel:
+    labelled, unlabelled = streams(joint.lanes)
+    return train_joint(
+        joint,
+        initial_model(),
+        labelled,
+        unlabelled,
+        augmentation(family),
+        labels=LABELS,
+        weights=WEIGHTS,
+        seed=SEED,
+        device=CPU,
+        wrap=wrap,
+        progress=recorder,
+    )
+
+
+def train_case(case: str, recorder: Recorder) -> dict[str, Any]:
+    family, one_pass = CASES[case]
+    model = train(settings(one_pass=one_pass), family, recorder)
+    return {"losses": recorder.losses, "model": model.state_dict()}
+
+
+def train_interrupted(case: str, file: Path) -> dict[str, Any]:
+    """Stop after some steps, and go on in a run of its own from what was saved."""
+    before = Recorder(stop=STOP, file=file)
+    with pytest.raises(KilledError):
+        train_case(case, before)
+    if dist.is_initialized():
+        dist.barrier()
+    result = train_case(case, Recorder(torch.load(file, weights_only=True)))
+    return {**result, "losses": before.losses + result["losses"]}
+
+
+def work(folder: Path) -> None:
+    """What each of four workers does, and then the first two of them; runs in processes of its own."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.save({case: train_case(case, Recorder()) for case in CASES}, folder / f"4-{rank}.pt")
+    dist.destroy_process_group()
+    if rank < 2:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        results = {case: train_case(case, Recorder()) for case in CASES}
+        results |= {f"{case} resumed": train_interrupted(case, folder / f"{case}.pt") for case in CASES}
+        torch.save(results, folder / f"2-{rank}.pt")
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workers")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    subprocess.run([*launch, __file__, str(folder)], check=True, timeout=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """Of 1, 2 and 4 workers, each rank's losses and models."""
+    ranks = {n: [torch.load(folder / f"{n}-{r}.pt", weights_only=True) for r in range(n)] for n in (2, 4)}
+    return {1: [{case: train_case(case, Recorder()) for case in CASES}], **ranks}
+
+
+def assert_same(state: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert state.keys() == other.keys()
+    assert [name for name in state if not torch.equal(state[name], other[name])] == []
+
+
+def assert_close(state: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert state.keys() == other.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("workers", [2, 4])
+def test_any_number_of_workers_gives_the_losses_and_the_model_of_one(results, case, workers):
+    alone, together = results[1][0][case], results[workers][0][case]
+    assert len(together["losses"]) == STEPS
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert_close(together["model"], alone["model"])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("workers", [2, 4])
+def test_all_workers_end_with_the_same_model_and_losses(results, case, workers):
+    first, *others = (result[case] for result in results[workers])
+    for other in others:
+        assert other["losses"] == first["losses"]
+        assert_same(other["model"], first["model"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_interrupted_worker_ends_where_an_undisturbed_one_does_to_the_bit(results, case, tmp_path):
+    resumed = train_interrupted(case, tmp_path / "state.pt")
+    assert resumed["losses"] == results[1][0][case]["losses"]
+    assert_same(resumed["model"], results[1][0][case]["model"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_interrupted_workers_end_where_two_undisturbed_ones_do_to_the_bit(results, case):
+    for result in results[2]:
+        assert result[f"{case} resumed"]["losses"] == result[case]["losses"]
+        assert_same(result[f"{case} resumed"]["model"], result[case]["model"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_worker_can_go_on_where_two_were_interrupted(results, folder, case):
+    resumed = train_case(case, Recorder(torch.load(folder / f"{case}.pt", weights_only=True)))
+    assert resumed["losses"] == pytest.approx(results[1][0][case]["losses"][STOP:], rel=1e-4)
+    assert_close(resumed["model"], results[1][0][case]["model"])
+
+
+# One lane: batch norm over the whole batch, for which a plain twin is short
+
+
+def logits_of(model: JointModel, parts: list[Tensor], one_pass: bool) -> list[Tensor]:
+    labelled, weak, strong = parts
+    if one_pass:
+        return list(model(torch.cat(parts)).split([8, 16, 16]))
+    weak_logits = model(weak)
+    both = model(torch.cat([labelled, strong]))
+    return [both[:8], weak_logits, both[8:]]
+
+
+def twin(one_pass: bool, weight: float) -> tuple[list[float], dict[str, Tensor]]:
+    """Eqs. 8-9 written out: the losses and the moving average of the weights after STOP steps."""
+    model, views, (labelled, unlabelled) = initial_model(), augmentation("natural"), streams(1)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    groups = [[p for p in model.parameters() if (p.ndim > 1) is decayed] for decayed in (True, False)]
+    optimizer = torch.optim.SGD(
+        [{"params": groups[0], "weight_decay": 1e-3}, {"params": groups[1]}], lr=1, momentum=0.9, nesterov=True
+    )
+    losses = []
+    for step in range(STOP):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * math.cos(7 * math.pi * step / (16 * STEPS))
+        known, unknown = labelled.batch(step), unlabelled.batch(step)
+        parts = [
+            views.weak(known.images, known.draws, stream_key(SEED, "joint", "labelled")),
+            views.weak(unknown.images, unknown.draws, stream_key(SEED, "joint", "weak")),
+            views.strong(unknown.images, unknown.draws, stream_key(SEED, "joint", "strong")),
+        ]
+        sure, weak, strong = (logits.log_softmax(dim=1) for logits in logits_of(model, parts, one_pass))
+        loss = torch.zeros(())
+        for row, sample in zip(sure, known.sample_ids.tolist(), strict=True):
+            loss = loss - WEIGHTS[sample] * row[sample % CLUSTERS] / 8
+        for weak_row, strong_row in zip(weak.detach(), strong, strict=True):
+            if weak_row.max().exp() > 0.4:
+                loss = loss - weight * strong_row[weak_row.argmax()] / 16
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        average = {name: 0.9 * average[name] + 0.1 * p.detach() for name, p in model.named_parameters()}
+    return losses, average
+
+
+@pytest.mark.parametrize(("one_pass", "weight"), [(True, 1.0), (False, 0.3)])
+def test_losses_and_averaged_weights_are_those_of_a_plain_twin(one_pass, weight, tmp_path):
+    recorder = Recorder(stop=STOP, file=tmp_path / "state.pt")
+    with pytest.raises(KilledError):
+        train(settings(lanes=1, one_pass=one_pass, unlabelled_weight=weight), "natural", recorder)
+    losses, average = twin(one_pass, weight)
+    assert recorder.losses == pytest.approx(losses, rel=1e-4)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)["ema"]
+    for name, value in average.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_weight_learns_in_every_precision(precision, one_pass):
+    # Autocast keeps the weights it has cast: those of a pass without gradient must not serve one with.
+    joint = settings(precision=precision, one_pass=one_pass, weight_decay=0, ema=0, unlabelled_weight=0)
+    trained = train(joint, "natural", Recorder())
+    for before, (name, after) in zip(initial_model().parameters(), trained.named_parameters(), strict=True):
+        assert not torch.equal(before, after), name
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))

@@ -1,0 +1,232 @@
+"""Refusals by the real command: one sentence, exit code 2, nothing changed, and neither torch nor Ray imported."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from spice_ray.recipe import load_recipe
+from spice_ray.run_folder import claim
+from spice_ray.storage import publish
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+RUN = ["run", "digits", "--data", "digits", "--out", "{here}/new"]
+LANES = ["pretrain.lanes=64", "joint.lanes=64", "joint.labelled_batch=64", "joint.unlabelled_ratio=1"]
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "spice_ray", *args]
+
+
+def run_on(data: str, *overrides: str) -> list[str]:
+    return ["run", "digits", "--data", data, "--out", "{here}/new", *overrides]
+
+
+def run_into(out: str, *overrides: str) -> list[str]:
+    return ["run", "digits", "--data", "digits", "--out", out, *overrides]
+
+
+def tune(sweep: str, *more: str) -> list[str]:
+    return ["tune", sweep, "--data", "digits", "--out", "{here}/new", *more]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """Sources, recipes, sweeps and run folders of every kind that is refused."""
+    for name in ("empty", "texts", "photos", "foreign", "damaged", "labelled"):
+        (tmp_path / name).mkdir()
+    for number in range(5):
+        (tmp_path / "photos" / f"{number}.png").write_bytes(b"not decoded before Ray starts")
+    (tmp_path / "texts" / "a.txt").write_text("text")
+    (tmp_path / "foreign" / "thesis.tex").write_text("mine")
+    (tmp_path / "damaged" / "run.json").write_text('{"recipe": ')
+    pq.write_table(pa.table({"image": pa.array([b"x"] * 5, pa.binary())}), tmp_path / "five.parquet")
+    (tmp_path / "half.parquet").write_bytes((tmp_path / "five.parquet").read_bytes()[:50])
+    for root, rows, size, split in (("few", 9, 16, "train"), ("large", 999, 32, "train"), ("test", 999, 16, "test")):
+        shards(tmp_path / root, "a", rows, size, split)
+    shards(tmp_path / "two", "a", 999, 16, "train")
+    shards(tmp_path / "two", "b", 999, 16, "train")
+    claim(tmp_path / "held", load_recipe("digits", ["heads.count=5"]), {"path": "digits", "digest": "x"})
+    claim(tmp_path / "started", load_recipe("digits", []), digits_identity())
+    write_settings(tmp_path)
+    return tmp_path
+
+
+def shards(root: Path, name: str, rows: int, size: int, split: str) -> None:
+    record = {"num_images": rows, "image_size": size, "splits": {split: rows}, "files": [], "num_rejects": 0}
+    publish(root, "shards", name, lambda folder: record)
+
+
+def digits_identity() -> dict[str, str]:
+    from spice_ray.readers.digits import DigitsSource
+
+    return {"path": "digits", "digest": f"digits-{DigitsSource().listing_digest()}-False"}
+
+
+def write_settings(folder: Path) -> None:
+    (folder / "malformed.yaml").write_text("heads: [1\n")
+    (folder / "section.yaml").write_text("heads: 3\n")
+    sweeps = {
+        "typo": {"space": {"joint.confidnce": [0.9]}},
+        "none": {"space": {"joint.confidence": []}},
+        "shared": {"space": {"pretrain.temperature": [0.1]}},
+        "range": {"space": {"joint.confidence": [0.5, 1.5]}},
+        "random": {"space": {"joint.confidence": [0.5]}, "search": "random"},
+        "recipe": {"space": {"joint.confidence": [0.5]}, "recipe": "digitz"},
+        "good": {"space": {"joint.confidence": [0.5]}},
+    }
+    for name, values in sweeps.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"recipe": "digits", **values}))
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+REFUSED = {
+    # The images.
+    "missing path": (run_on("{here}/nowhere"), "{here}/nowhere does not exist; give a folder of images"),
+    "empty folder": (run_on("{here}/empty"), "the folder {here}/empty is empty; give"),
+    "no image": (run_on("{here}/texts"), "{here}/texts holds no image, only 1 other files; give"),
+    "other file": (run_on("{here}/typo.yaml"), "is neither a folder nor a .parquet file; give"),
+    "half a Parquet file": (run_on("{here}/half.parquet"), "half.parquet is not a readable Parquet file"),
+    "URL": (run_on("s3://bucket/photos"), "s3://bucket/photos is a URL, which is not supported yet"),
+    "two sets of shards": (run_on("{here}/two"), "{here}/two does not hold exactly one finished set"),
+    "shards of another size": (run_on("{here}/large"), "hold images of 32 pixels and the recipe asks for"),
+    "shards without a train split": (run_on("{here}/test", "protocol=split"), "protocol=split needs images of a train"),
+    "long path": (run_on("x" * 300), "does not exist; give a folder"),
+    # K and the sizes of batches and the queue.
+    "K above the digits": ([*RUN, "num_clusters=1798"], "num_clusters=1798 is more than the 1797 images"),
+    "K above the photos": (run_on("{here}/photos"), "num_clusters=10 is more than the 5 images"),
+    "K above the rows": (run_on("{here}/five.parquet"), "num_clusters=10 is more than the 5 images"),
+    "K above the shards": (run_on("{here}/few"), "num_clusters=10 is more than the 9 images"),
+    "K below 2": ([*RUN, "num_clusters=1"], "num_clusters=1 cannot be used: input should be greater"),
+    "batch above the images": (run_on("{here}/photos", "num_clusters=5"), "a batch of 128 images is more than the 5"),
+    "queue of no whole batches": ([*RUN, "pretrain.queue_size=400"], "use pretrain.queue_size=384 or 512"),
+    "large queue": ([*RUN, "pretrain.queue_size=512"], "more than a quarter of the 1797 images, so keys would meet"),
+    # The recipe and its settings.
+    "unknown recipe": (["run", "digitz", *RUN[2:]], "unknown recipe 'digitz'; did you mean 'digits'?"),
+    "missing recipe": (["run", "nowhere.yaml", *RUN[2:]], "recipe file nowhere.yaml does not exist; give a YAML file"),
+    "malformed recipe": (["run", "{here}/malformed.yaml", *RUN[2:]], "malformed.yaml is not valid YAML (while parsing"),
+    "no section": (["run", "{here}/section.yaml", *RUN[2:], "heads.count=2"], "heads=3 cannot be used: heads is a"),
+    "unknown key": ([*RUN, "pretrain.temprature=1"], "'pretrain.temprature'; did you mean 'pretrain.temperature'?"),
+    "no equals sign": ([*RUN, "heads.count"], "override 'heads.count' is not of the form key=value"),
+    "no YAML": ([*RUN, "seed=2024-13-45"], "the value of override 'seed=2024-13-45' is not valid YAML"),
+    "confidence": ([*RUN, "joint.confidence=1.5"], "joint.confidence=1.5 cannot be used: input should be less than 1"),
+    "consistency of 1": ([*RUN, "reliable.min_consistency=1"], "reliable.min_consistency=1 cannot be used"),
+    "consistency below 0": ([*RUN, "reliable.min_consistency=-0.1"], "reliable.min_consistency=-0.1 cannot be used"),
+    "workers": ([*RUN, "scale.workers=64"], "scale.workers=64 does not divide pretrain.lanes=4"),
+    "CPUs": (
+        [*RUN, *LANES, "scale.workers=64", "scale.cpus_per_worker=1000"],
+        "scale.workers=64 with scale.cpus_per_worker=1000 need 64000 CPUs",
+    ),
+    # The output.
+    "other settings": (run_into("{here}/started", "heads.count=6"), "(heads.count is 10 there and 6 here); choose"),
+    "other images": (run_into("{here}/held", "heads.count=5"), "{here}/held holds a run of other images"),
+    "foreign files": (run_into("{here}/foreign"), "{here}/foreign holds files that are not a run's; choose"),
+    "out is a file": (run_into("{here}/five.parquet"), "{here}/five.parquet is a file; choose a folder"),
+    "out below a file": (run_into("{here}/five.parquet/run"), "cannot be written (Not a directory); free some space"),
+    "out is a URL": (run_into("s3://bucket/run"), "is a URL, which is not supported yet; choose"),
+    "damaged record": (run_into("{here}/damaged"), "{here}/damaged/run.json cannot be read as JSON; restore it"),
+    # Sweeps.
+    "sweep missing": (tune("{here}/nowhere.yaml"), "sweep file {here}/nowhere.yaml does not exist; give"),
+    "sweep malformed": (tune("{here}/malformed.yaml"), "malformed.yaml is not valid YAML"),
+    "sweep typo": (tune("{here}/typo.yaml"), "'joint.confidnce'; did you mean 'joint.confidence'?"),
+    "sweep of nothing": (tune("{here}/none.yaml"), "none.yaml: space.joint.confidence=[] cannot be used"),
+    "sweep of stage 1": (tune("{here}/shared.yaml"), "pretrain.temperature is shared by all trials"),
+    "sweep out of range": (tune("{here}/range.yaml"), "joint.confidence=1.5 cannot be used"),
+    "sweep at random": (tune("{here}/random.yaml"), "search: random needs samples"),
+    "sweep recipe": (tune("{here}/recipe.yaml"), "unknown recipe 'digitz'"),
+    "sweep override": (tune("{here}/good.yaml", "seed=-1"), "seed=-1 cannot be used"),
+    # The other commands.
+    "evaluate nothing": (["evaluate", "{here}/nowhere"], "run.json does not exist; is {here}/nowhere the folder"),
+    "evaluate no run": (["evaluate", "{here}/photos"], "run.json does not exist; is {here}/photos the folder of a run"),
+    "evaluate too early": (["evaluate", "{here}/started"], "is not of a finished run; run the same command again"),
+    "evaluate damage": (["evaluate", "{here}/damaged"], "cannot be read as JSON; restore it, or delete the folder"),
+    "ingest nothing": (["ingest", "{here}/nowhere", "{here}/new", "--size", "16"], "{here}/nowhere does not exist"),
+    "ingest into a file": (["ingest", "digits", "{here}/five.parquet", "--size", "16"], "five.parquet is a file"),
+    "demo": (["demo", "--out", "{here}/foreign"], "holds files that are not a run's"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_sentence_and_exit_code_2_before_torch_or_ray(here: Path, case: str) -> None:
+    args, expected = REFUSED[case]
+    before, start = contents(here), time.monotonic()
+    called = [sys.executable, "-X", "importtime", "-m", "spice_ray", *(arg.format(here=here) for arg in args)]
+    done = subprocess.run(called, capture_output=True, text=True, env=ENVIRONMENT, cwd=here, timeout=60)
+    seconds = time.monotonic() - start
+    lines = done.stderr.splitlines()
+    said = [line for line in lines if not line.startswith("import time:")]
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines if line.startswith("import time:")}
+    print(f"{case}: {seconds:.2f} s: {said}")
+    assert len(said) == 1
+    assert said[0].startswith("spice-ray: ")
+    assert expected.format(here=here) in said[0]
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "spice_ray" in imported
+    assert not {"torch", "ray"} & imported
+    assert contents(here) == before
+    assert seconds < 10
+
+
+# Typer words these; what is ours is that they are reported, and as errors of the user.
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["run", "digits", "--out", "new"], "--data"),
+        (["run", "digits", "--data", "digits"], "--out"),
+        (["rum"], "rum"),
+        (["ingest", "digits", "new", "--size", "4"], "--size"),
+        (["ingest", "digits", "new", "--size", "many"], "--size"),
+        (["evaluate", "new", "--jsn"], "--jsn"),
+    ],
+)
+def test_a_wrong_argument_is_explained_with_exit_code_2(tmp_path: Path, args: list[str], named: str) -> None:
+    done = subprocess.run(command(*args), capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_verbose_adds_the_place_of_an_error_and_keeps_sentence_and_exit_code(tmp_path: Path) -> None:
+    called = command("run", "digits", "--data", "nowhere", "--out", "new", "--verbose")
+    done = subprocess.run(called, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.splitlines()[-1].startswith("spice-ray: nowhere does not exist")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "from spice_ray.cli import main\n"
+        "main()"
+    )  # fmt: skip
+    called = [sys.executable, "-c", program, "run", "digits", "--data", "digits", "--out", "new"]
+    done = subprocess.run(called, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=60)
+    assert done.returncode == 2
+    assert "new/run.json cannot be written (File too large); free some space" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert contents(tmp_path / "new") == {}
+
+
+def test_an_interrupt_says_how_to_go_on_and_exits_with_130(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.json")
+    process = subprocess.Popen(
+        command("evaluate", str(tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    # Opening succeeds when the command reads, and it reads for as long as the pipe is open.
+    with (tmp_path / "run.json").open("w"):
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (out, err) == ("", "spice-ray: interrupted; the same command again goes on from here\n")
