@@ -116,6 +116,7 @@ def tune(
     data: Data,
     out: Out,
     overrides: Overrides = None,
+    labels_from_folders: FolderLabels = False,
     recipe: Annotated[str | None, typer.Option(help="Another recipe than the sweep's.")] = None,
     verbose: Verbose = False,
 ) -> None:
@@ -123,7 +124,8 @@ def tune(
     from rich.console import Console
 
     settings = load_sweep(sweep)
-    prepared = workflow.prepare(load_recipe(recipe or settings.recipe, overrides or []), data, out, trials=settings)
+    base = load_recipe(recipe or settings.recipe, overrides or [])
+    prepared = workflow.prepare(base, data, out, labels_from_folders=labels_from_folders, trials=settings)
     name = Path(sweep).stem
     rows = workflow.sweep(prepared, settings, name, ConsoleReporter(), verbose=verbose)
     Console().print(trials_table(rows, list(settings.space)))

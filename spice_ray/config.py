@@ -5,9 +5,9 @@ How a recipe is read from YAML and overridden is in ``recipe.py``.
 """
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from spice_ray.errors import ConfigError
 
@@ -24,6 +24,14 @@ class Settings(BaseModel):
     """Base of all settings: unknown keys are errors and nothing changes after checking."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, on and true as truth values, and pydantic would read those as 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"{info.field_name}={str(value).lower()} is a truth value; give a number or a name")
+        return value
 
 
 class Image(Settings):
@@ -231,11 +239,16 @@ def check_images(recipe: Recipe, num_images: int, num_train: int) -> None:
             f"num_clusters={recipe.num_clusters} is more than the {num_train} images there are to cluster; "
             "lower num_clusters or add images"
         )
-    batch = max(recipe.pretrain.batch_size, recipe.joint.labelled_batch * recipe.joint.unlabelled_ratio)
+    if recipe.pretrain.batch_size > num_images:
+        raise ConfigError(
+            f"pretrain.batch_size={recipe.pretrain.batch_size} is more than the {num_images} images there are; lower "
+            "pretrain.batch_size and pretrain.queue_size, or add images"
+        )
+    batch = recipe.joint.labelled_batch * recipe.joint.unlabelled_ratio
     if batch > num_train:
         raise ConfigError(
-            f"a batch of {batch} images is more than the {num_train} there are; lower pretrain.batch_size and "
-            "pretrain.queue_size, joint.labelled_batch or joint.unlabelled_ratio, or add images"
+            f"joint.labelled_batch times joint.unlabelled_ratio={batch} is more than the {num_train} images there are; "
+            "lower one of them, or add images"
         )
     if recipe.pretrain.queue_size > num_images // 4:
         keys = recipe.pretrain.batch_size * (2 if recipe.pretrain.symmetric else 1)

@@ -66,7 +66,7 @@ class ConsoleReporter:
                 return
             last = self._clock()
             left = f", {(done.total - done.done) / rate:.0f} s left" if rate and done.total else ""
-            self.note(f"{title}: {_count(done, unit)}, {rate:.1f} {unit}/s{left}{_loss(done)}")
+            self.note(f"{title}: {_count(done, unit)}{_rate(rate, unit)}{left}{_loss(done)}")
 
         yield show
 
@@ -87,13 +87,17 @@ class _Meter:
 
 
 def _update(progress: Progress, task: TaskID, done: Done, meter: _Meter, unit: str) -> None:
-    state = f"{_count(done, unit)}  {meter.rate(done.done):.1f} {unit}/s{_loss(done)}"
+    state = f"{_count(done, unit)}{_rate(meter.rate(done.done), unit)}{_loss(done)}"
     progress.update(task, completed=done.done, total=done.total, state=state)
 
 
 def _count(done: Done, unit: str) -> str:
     of = f"/{done.total}" if done.total else ""
     return f"{done.done}{of} {unit}"
+
+
+def _rate(rate: float, unit: str) -> str:
+    return f", {rate:.1f} {unit}/s" if rate else ""  # not known at the first look
 
 
 def _loss(done: Done) -> str:

@@ -30,11 +30,11 @@ TRAIN_SPLITS = ("train", "unlabeled")
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One file of image shards: ``rows`` images of which ``num_train`` belong to the training split."""
+    """One file of image shards: ``rows`` images of which ``num_counted`` are what a stage may train on."""
 
     name: str
     rows: int
-    num_train: int
+    num_counted: int
 
 
 class Batch(NamedTuple):

@@ -1,7 +1,7 @@
 """Scores of a finished run against ground truth, which nothing else reads.
 
 Shapes: n scored images, K clusters, S side of an image in pixels, D embedding width.
-SciPy and scikit-learn are imported where they are used: they take seconds, and a wrong path must be refused faster.
+SciPy and scikit-learn are imported where they are used: they take seconds, and a wrong path is refused faster.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from spice_ray.contracts import EMBEDDING, HEADS, LABELS, SHARDS, TRAIN_SPLITS
 from spice_ray.errors import DataError, StorageError
+from spice_ray.run_folder import read_finished
 from spice_ray.storage import Artifact, open_artifact, read_json, write_json
 
 _LARGEST_FULL_KMEANS = 2e7  # values
@@ -113,7 +114,7 @@ def evaluate(run: Path) -> dict[str, Any]:
     reliable labels are scored on the labelled images that they could be chosen from: all, or those trained on.
 
     Args:
-        run: Folder of a finished run.
+        run: Folder of a finished run, or of the winner of a sweep.
 
     Returns:
         What is in ``scores.json``: the scores of the result (``acc``, ``nmi``, ``nmi_geometric``, ``ari``,
@@ -124,7 +125,7 @@ def evaluate(run: Path) -> dict[str, Any]:
         DataError: The data had no labels, or none for an image that counts.
         StorageError: The run is missing, unfinished or damaged.
     """
-    record = _read_record(run)
+    record = read_finished(run)
     if record["artifacts"][LABELS] is None:
         raise DataError(
             f"the data of {run} had no labels, so there is nothing to score; cluster sizes are in "
@@ -208,22 +209,6 @@ def _score_reliable(images: _Images, protocol: str) -> dict[str, Any]:
         # What stage 3 learns from are the head's labels.
         "acc": clustering_accuracy(images.labels_true[chosen], images.head_clusters[chosen]) if count else None,
     }
-
-
-def _read_record(run: Path) -> dict[str, Any]:
-    record = read_json(run / "run.json", f"restore it, or delete the folder {run} and run again")
-    if not _is_finished(record):
-        raise StorageError(f"{run / 'run.json'} is not of a finished run; run the same command again")
-    return {"artifacts_root": "artifacts", **record}
-
-
-def _is_finished(record: Any) -> bool:
-    if not isinstance(record, dict) or not isinstance(record.get("shards_root"), str):
-        return False
-    artifacts, recipe = record.get("artifacts"), record.get("recipe")
-    if not isinstance(artifacts, dict) or not isinstance(recipe, dict):
-        return False
-    return {SHARDS, LABELS, EMBEDDING, HEADS} <= artifacts.keys() and {"protocol", "seed"} <= recipe.keys()
 
 
 def _open(run: Path, record: dict[str, Any], kind: str) -> Artifact:

@@ -1,6 +1,7 @@
 """The folder of a run: whose settings it holds, where its artifacts are, and what it gives to its user.
 
-run.json               the recipe without scale, where the images came from, the artifacts of the result
+run.json               the recipe without scale, where the images came from, the artifacts of the result and where they
+                       are: artifacts_root where a sweep's winner shares those of its run
 artifacts/             what each stage left behind
 assignments.parquet    the product: one row per image that was read
 rejects.parquet        one row per image that was not
@@ -8,18 +9,22 @@ timing.json            seconds per stage
 checkpoints/, progress/   of stages under way; may be deleted
 """
 
+import fcntl
 import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from spice_ray.config import Recipe
+from spice_ray.contracts import EMBEDDING, HEADS, LABELS, SHARDS
 from spice_ray.errors import StorageError
 from spice_ray.storage import Artifact, clear_staging, read_json, reporting_disk_errors, write_json
 
 _RECORD = "run.json"
+_LOCKS: dict[Path, IO[str]] = {}
+"""Open files whose locks this process holds."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class RunFolder:
         folder = self.path / "progress" / stage
         with reporting_disk_errors(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             return folder.resolve()
 
     def record(self, **values: Any) -> None:
@@ -102,9 +107,23 @@ def claim(path: Path, recipe: Recipe, source: dict[str, str]) -> RunFolder:
             _check_empty(path)
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / _RECORD, wanted)
+        _lock(path)
     run = RunFolder(path, path / "artifacts")
     clear_staging(run.artifacts)
     return run
+
+
+def _lock(path: Path) -> None:
+    """Keep other processes out of the folder for as long as this one lives: two would clear each other's work."""
+    if path.resolve() in _LOCKS:
+        return
+    file = (path / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise StorageError(f"another process is running in {path}; wait for it, or choose another --out") from None
+    _LOCKS[path.resolve()] = file
 
 
 def check_folder(path: Path) -> None:
@@ -130,6 +149,27 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not all(isinstance(record.get(key), dict) for key in ("recipe", "source")):
         raise StorageError(f"{path / _RECORD} is not a run's; {remedy}")
     return record
+
+
+def read_finished(path: Path) -> dict[str, Any]:
+    """What the run.json of a finished run holds.
+
+    Args:
+        path: The run folder, or another that has a run.json of its own and shares a run's artifacts.
+
+    Returns:
+        ``recipe``; ``artifacts``, a fingerprint per kind; ``shards_root`` and ``artifacts_root``, the folders that hold
+        shards with labels and all else, relative to ``path``.
+
+    Raises:
+        StorageError: It is missing or damaged, or not of a finished run.
+    """
+    record = read_json(path / _RECORD, f"restore it, or delete the folder {path} and run again")
+    types = {"recipe": dict, "artifacts": dict, "shards_root": str}
+    is_run = isinstance(record, dict) and all(isinstance(record.get(key), type_) for key, type_ in types.items())
+    if not is_run or not {SHARDS, LABELS, EMBEDDING, HEADS} <= record["artifacts"].keys():
+        raise StorageError(f"{path / _RECORD} is not of a finished run; run the same command again")
+    return {"artifacts_root": "artifacts", **record}
 
 
 def _check_empty(path: Path) -> None:

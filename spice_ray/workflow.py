@@ -1,5 +1,6 @@
 """What the command line, the jobs and the Python interface do: check first, then start Ray, then run."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ def prepare(
         SpiceError: Something cannot be used; a new run folder has not been made, and an old one is as it was.
     """
     check_local_cpus(recipe.scale)
+    check_folder(out)
     if trials is not None:
         check_trials(recipe, trials)
     check_folder(out)
@@ -148,7 +150,9 @@ def cluster(
 
     from spice_ray.console import ConsoleReporter
 
-    settings = [f"{key}={value}" for key, value in {**(overrides or {}), "num_clusters": num_clusters}.items()]
+    settings = [
+        f"{key}={json.dumps(value)}" for key, value in {**(overrides or {}), "num_clusters": num_clusters}.items()
+    ]
     prepared = prepare(load_recipe(recipe, settings), data, Path(out))
     run(prepared, reporter or ConsoleReporter())
     return pq.read_table(Path(out) / "assignments.parquet")
@@ -166,8 +170,9 @@ def _shards(prepared: Prepared, reporter: Reporter) -> tuple[Artifact, Artifact 
         assert prepared.shards_path is not None
         return _open_shards(prepared.shards_path)
     run, recipe = prepared.run, prepared.recipe
-    if "ingested" in read_record(run.path):
-        return _open_shards(run.artifacts)
+    found = find_shards(run.artifacts) if "ingested" in read_record(run.path) else None
+    if found is not None:
+        return found
     from spice_ray.runtime.pipeline import timed
 
     with timed(run, "ingest"):

@@ -128,7 +128,7 @@ def test_a_recipe_fits_data_of_exactly_its_size_and_none_smaller() -> None:
     check_images(recipe, num_images=256, num_train=56)
     with pytest.raises(ConfigError, match=r"queue_size=64 .* 255 images.* use 32"):
         check_images(recipe, num_images=255, num_train=56)
-    with pytest.raises(ConfigError, match="a batch of 56 images is more than the 55"):
+    with pytest.raises(ConfigError, match="=56 is more than the 55"):
         check_images(recipe, num_images=256, num_train=55)
     with pytest.raises(ConfigError, match="num_clusters=3 is more than the 2 images"):
         check_images(recipe, num_images=2, num_train=2)

@@ -326,7 +326,6 @@ def test_the_record_of_an_unfinished_run_or_of_something_else_is_refused(tmp_pat
         {"artifacts": 3, "recipe": {}, "shards_root": "../data"},
         {"artifacts": {}, "recipe": 3, "shards_root": "../data"},
         {"artifacts": {}, "recipe": {}, "shards_root": None},
-        {"artifacts": dict.fromkeys(["shards", "labels", "embedding", "heads"]), "recipe": {}, "shards_root": "x"},
     ],
 )
 def test_a_record_of_other_types_is_refused(tmp_path: Path, record: Any) -> None:

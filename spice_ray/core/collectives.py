@@ -42,7 +42,8 @@ def own_lanes(rows: Tensor, lanes: int) -> Tensor:
     workers = world_size()
     if workers == 1:
         return rows
-    return rows.unflatten(0, (-1, workers, lanes))[:, rank()].flatten(0, 1)
+    own: Tensor = rows.unflatten(0, (-1, workers, lanes))[:, rank()]
+    return own.flatten(0, 1)
 
 
 def mean_over_workers(x: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class WideBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
         activated = F.leaky_relu(self.bn1(x), 0.1)
-        out = self.conv2(F.leaky_relu(self.bn2(self.conv1(activated)), 0.1))
+        out: Tensor = self.conv2(F.leaky_relu(self.bn2(self.conv1(activated)), 0.1))
         return out + (x if self.shortcut is None else self.shortcut(activated))
 
 

@@ -28,7 +28,9 @@ def replace_rows(target: Tensor, mask: Tensor, function: Callable[..., Tensor], 
         if len(chosen):
             target.index_copy_(0, chosen, function(*(values.index_select(0, chosen) for values in rows)))
         return target
-    # Counting the rows would stall an accelerator until the host has read the number.
+    # Counting the rows would stall an accelerator until the host has read the number. The function may write over what
+    # it is given, and here that would be all of the target.
+    rows = tuple(values.clone() if values is target else values for values in rows)
     return torch.where(mask.view(-1, *[1] * (target.dim() - 1)), function(*rows), target)
 
 

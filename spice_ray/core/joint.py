@@ -4,7 +4,6 @@ B labelled rows, U = mu * B unlabelled rows, K clusters.
 """
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ class JointModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Cluster logits, float32, (B, K), of normalised images, (B, 3, S, S)."""
         _, pooled = self.encoder(images)
-        return cast(Tensor, self.head(pooled).float())
+        return self.head(pooled).float()
 
 
 def supervised_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class LaneImages:
     """The images of the lanes that one worker serves, resident on its device."""
 
     def __init__(
-        self, images: Tensor, sample_ids: Tensor, lane_ids: list[int], rows_per_file: list[list[int]], num_lanes: int
+        self, images: Tensor, sample_ids: Tensor, lane_ids: list[int], rows_per_file: list[list[int]], total_lanes: int
     ) -> None:
         """Take hold of resident images.
 
@@ -42,13 +42,13 @@ class LaneImages:
             sample_ids: int64, (n,).
             lane_ids: The lanes served, consecutive numbers of 0..G-1.
             rows_per_file: For each of them, the rows of each of its files.
-            num_lanes: G.
+            total_lanes: G.
         """
         self.images = images
         self.sample_ids = sample_ids
         self.lane_ids = lane_ids
         self.rows_per_file = rows_per_file
-        self.num_lanes = num_lanes
+        self.total_lanes = total_lanes
         self.starts = np.concatenate([[0], np.cumsum([sum(rows) for rows in rows_per_file])])
 
 
@@ -117,7 +117,7 @@ class DrawnLanes:
 
 def _draws(images: LaneImages, turns: NDArray[np.int64]) -> Tensor:
     """Global positions in the stream of each lane's turns, int64, (b, L)."""
-    return torch.from_numpy(turns)[:, None] * images.num_lanes + torch.tensor(images.lane_ids)[None, :]
+    return torch.from_numpy(turns)[:, None] * images.total_lanes + torch.tensor(images.lane_ids)[None, :]
 
 
 def _batch(images: LaneImages, rows: Tensor, draws: Tensor) -> Batch:

@@ -1,6 +1,8 @@
 """Ray started on this machine, or the cluster that RAY_ADDRESS names."""
 
+import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -8,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from spice_ray.config import Scale
-from spice_ray.errors import ResourceError
+from spice_ray.errors import ResourceError, SpiceError, TrainingError
 
 # Ray Data's new Parquet reader starts 32 processes per execution; Ray Train polls its workers every 2 s by default.
 _ENVIRONMENT = {
@@ -45,7 +47,9 @@ def connected(scale: Scale, *, verbose: bool) -> Iterator[None]:
     """Ray for as long as the context lasts.
 
     Raises:
-        ResourceError: The cluster has too few processors or GPUs; Ray would wait for them for ever.
+        ResourceError: The cluster does not answer, or has too few processors or GPUs: Ray would wait for ever.
+        SpiceError: One that was raised in another process, as itself.
+        TrainingError: Ray lost a process, or one failed.
     """
     environment = _ENVIRONMENT if verbose else {**_ENVIRONMENT, **_SILENCE}
     for name, value in environment.items():
@@ -53,39 +57,93 @@ def connected(scale: Scale, *, verbose: bool) -> Iterator[None]:
     import ray
 
     with _quiet(verbose):
-        if ray.is_initialized():
-            _check_cluster(scale)
-            yield
-            return
-        folder = None
-        if "RAY_ADDRESS" in os.environ:
-            ray.init(log_to_driver=verbose, runtime_env={"env_vars": environment})
-        else:
-            folder = _start_local(verbose)
+        folder = None if ray.is_initialized() else _start(verbose, environment)
         try:
             _check_cluster(scale)
             yield
+        except ray.exceptions.RayError as error:
+            raise _as_user_error(error) from error
         finally:
-            ray.shutdown()
             if folder is not None:
+                ray.shutdown()
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start_local(verbose: bool) -> str:
+def _as_user_error(error: Exception) -> SpiceError:
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, SpiceError):
+        return cause
+    lines = [line for line in str(cause or error).splitlines() if line.strip()]
+    first = lines[-1].strip() if lines else type(error).__name__
+    return TrainingError(
+        f"a process on the cluster failed ({first}); run the same command again to go on, with --verbose to see more"
+    )
+
+
+def _start(verbose: bool, environment: dict[str, str]) -> str:
+    """Connect to the cluster that RAY_ADDRESS names, or start one here; gives a folder to remove afterwards."""
     import ray
 
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home directory
     # Sockets live below this folder, and their paths may have 107 characters.
     folder = tempfile.mkdtemp(prefix="spice-", dir="/tmp" if os.path.isdir("/tmp") else None)
-    ray.init(
-        address="local",
-        # One more than there are: Ray Data's reading tasks must find a place beside training workers on every CPU.
-        num_cpus=(os.cpu_count() or 1) + 1,
-        include_dashboard=False,
-        log_to_driver=verbose,
-        _temp_dir=folder,
-    )
+    with _without_stderr(verbose):
+        if "RAY_ADDRESS" in os.environ:
+            _connect({name: os.environ[name] for name in environment if name not in _names_set_by_job()}, verbose)
+            return folder
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home directory
+        ray.init(
+            address="local",
+            # One more than there are: Ray Data's reading tasks must find a place beside training workers on every CPU.
+            num_cpus=(os.cpu_count() or 1) + 1,
+            include_dashboard=False,
+            log_to_driver=verbose,
+            _temp_dir=folder,
+        )
     return folder
+
+
+def _connect(environment: dict[str, str], verbose: bool) -> None:
+    import ray
+
+    try:
+        ray.init(log_to_driver=verbose, runtime_env={"env_vars": environment})
+    except ConnectionError:
+        raise ResourceError(
+            f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}; correct it, or unset it to use this "
+            "machine"
+        ) from None
+
+
+def _names_set_by_job() -> set[str]:
+    """Variables that the submitted job's own runtime environment sets: Ray refuses to be told twice."""
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return set((config.get("runtime_env") or {}).get("env_vars") or {})
+
+
+@contextmanager
+def _without_stderr(verbose: bool) -> Iterator[None]:
+    """Keep what Ray's C++ core says while it starts from the terminal; no logging level reaches it."""
+    if verbose:
+        yield
+        return
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def room(cpus: int, gpus: float) -> int:
+    """How many workers of that size the nodes of the cluster hold, with one CPU left for the tasks that read data."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    held = sum(int(min(n.get("CPU", 0) / cpus, n.get("GPU", 0) / gpus if gpus else math.inf)) for n in nodes)
+    spare = sum(node.get("CPU", 0) for node in nodes) - 1
+    return min(held, int(spare / cpus))
 
 
 def _check_cluster(scale: Scale) -> None:
@@ -93,14 +151,16 @@ def _check_cluster(scale: Scale) -> None:
 
     resources = ray.cluster_resources()
     _check_cpus(scale, int(resources.get("CPU", 0)) - 1, "the cluster, but for one that reads data,")
-    gpus, wanted = resources.get("GPU", 0.0), scale.workers * scale.gpus_per_worker
-    if wanted > gpus:
+    gpus = resources.get("GPU", 0.0)
+    for name, wanted in (("gpus_per_worker", scale.workers * scale.gpus_per_worker), ("head_gpus", scale.head_gpus)):
+        if wanted > gpus:
+            raise ResourceError(f"scale.{name} asks for {wanted:g} GPUs in all and the cluster has {gpus:g}; lower it")
+    held = room(scale.cpus_per_worker, scale.gpus_per_worker)
+    if scale.workers > held:
         raise ResourceError(
-            f"scale.workers={scale.workers} with scale.gpus_per_worker={scale.gpus_per_worker:g} need {wanted:g} GPUs "
-            f"and the cluster has {gpus:g}; lower one of them"
+            f"scale.workers={scale.workers} do not fit on the nodes of the cluster, which hold {held} workers of "
+            f"{scale.cpus_per_worker} CPUs and {scale.gpus_per_worker:g} GPUs; lower scale.workers or their size"
         )
-    if scale.head_gpus > gpus:
-        raise ResourceError(f"scale.head_gpus={scale.head_gpus:g} is more than the cluster's {gpus:g} GPUs; lower it")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 import torch
 from numpy.typing import NDArray
@@ -32,9 +33,9 @@ class Shards:
         return sum(file.rows for file in self.files)
 
     @property
-    def num_train(self) -> int:
+    def num_counted(self) -> int:
         """Rows that count."""
-        return sum(file.num_train for file in self.files)
+        return sum(file.num_counted for file in self.files)
 
 
 def open_shards(artifact: Artifact, splits: tuple[str, ...] | None) -> Shards:
@@ -44,7 +45,7 @@ def open_shards(artifact: Artifact, splits: tuple[str, ...] | None) -> Shards:
         ShardFile(
             name=file["name"],
             rows=file["rows"],
-            num_train=sum(n for split, n in file["splits"].items() if splits is None or split in splits),
+            num_counted=sum(n for split, n in file["splits"].items() if splits is None or split in splits),
         )
         for file in manifest["files"]
     ]
@@ -65,9 +66,9 @@ def check_lanes(shards: Shards, num_lanes: int, name: str) -> None:
         ConfigError: Fewer filled files than lanes, or a lane without a row.
     """
     for lane in range(num_lanes):
-        if not any(file.num_train for file in shards.files[lane::num_lanes]):
+        if not any(file.num_counted for file in shards.files[lane::num_lanes]):
             raise ConfigError(
-                f"{name}={num_lanes} leaves lane {lane} without an image of {shards.num_train}; "
+                f"{name}={num_lanes} leaves lane {lane} without an image of {shards.num_counted}; "
                 f"lower {name} to a divisor of its value"
             )
 
@@ -96,9 +97,9 @@ def load_lanes(shards: Shards, lane_ids: list[int], num_lanes: int, device: torc
     Lane g owns files g, g + G, ...; rows that do not count are left out.
     """
     files = [file for lane in lane_ids for file in shards.files[lane::num_lanes] if file.rows]
-    offsets = dict(zip((f.name for f in files), np.cumsum([0, *(f.num_train for f in files)]), strict=False))
+    offsets = dict(zip((f.name for f in files), np.cumsum([0, *(f.num_counted for f in files)]), strict=False))
     first_ids = np.cumsum([0, *(file.rows for file in shards.files)])
-    total = sum(file.num_train for file in files)
+    total = sum(file.num_counted for file in files)
     images = torch.empty((total, 3, shards.image_size, shards.image_size), dtype=torch.uint8)
     sample_ids = torch.empty(total, dtype=torch.int64)
     for table in _counted_rows(shards, files):
@@ -110,7 +111,7 @@ def load_lanes(shards: Shards, lane_ids: list[int], num_lanes: int, device: torc
         offsets[name] = stop = start + len(ids)
         images[start:stop] = torch.from_numpy(images_of(table, shards.image_size).copy())
         sample_ids[start:stop] = torch.from_numpy(ids.copy())
-    rows_per_file = [[f.num_train for f in shards.files[lane::num_lanes] if f.rows] for lane in lane_ids]
+    rows_per_file = [[f.num_counted for f in shards.files[lane::num_lanes] if f.rows] for lane in lane_ids]
     return LaneImages(images.to(device), sample_ids.to(device), lane_ids, rows_per_file, num_lanes)
 
 
@@ -118,5 +119,5 @@ def _counted_rows(shards: Shards, files: list[ShardFile]) -> Iterator[pa.Table]:
     """Blocks of single files, rows in file order, without the rows that do not count."""
     for table in read_files(shards, files).iter_batches(batch_size=None, batch_format="pyarrow"):
         if shards.splits is not None:
-            table = table.filter(pa.compute.is_in(table["split"], pa.array(shards.splits)))
+            table = table.filter(pc.is_in(table["split"], pa.array(shards.splits)))
         yield table.combine_chunks()

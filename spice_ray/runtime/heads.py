@@ -7,54 +7,51 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from spice_ray.config import Recipe, Scale
 from spice_ray.contracts import HEADS, Bank
 from spice_ray.core.heads import ClusterHead
+from spice_ray.runtime.cluster import room
 from spice_ray.runtime.progress import ProgressWriter
-from spice_ray.runtime.weights import save_weights
+from spice_ray.runtime.weights import load_weights, save_weights
 from spice_ray.stages.train_heads import TrainedHead, choose_head, train_head
-from spice_ray.storage import Artifact, publish
+from spice_ray.storage import Artifact, publish, read_json, write_json
 
 _RETRIES = 3
 _ROWS_AT_ONCE = 8192
 
 
 class HeadActor:
-    """Trains some of the heads, one after the other."""
+    """Trains heads, one after the other."""
 
-    def __init__(self, recipe: Recipe, scale: Scale, progress: Path, writer: str) -> None:
+    def __init__(self, recipe: Recipe, scale: Scale, progress: Path, writer: str, num_heads: int) -> None:
         torch.set_num_threads(scale.cpus_per_worker)
         self._recipe = recipe
         self._device = torch.device("cuda" if scale.head_gpus else "cpu")
         self._writer = ProgressWriter(progress, writer)
+        self._done, self._total = 0, num_heads * recipe.heads.epochs
 
     def train(
-        self, bank: list["ray.ObjectRef[NDArray[np.float32]]"], indices: list[int], train_ids: NDArray[np.int64]
-    ) -> list[TrainedHead]:
-        """Train the heads numbered ``indices`` on the shared bank."""
-        recipe, shared = self._recipe, Bank(*ray.get(bank))
-        done, total = 0, len(indices) * recipe.heads.epochs
+        self, bank: list["ray.ObjectRef[NDArray[np.float32]]"], index: int, train_ids: NDArray[np.int64]
+    ) -> TrainedHead:
+        """Train head number ``index`` on the shared bank."""
+        recipe = self._recipe
+        return train_head(
+            Bank(*ray.get(bank)),
+            index,
+            recipe.heads,
+            num_clusters=recipe.num_clusters,
+            seed=recipe.seed,
+            device=self._device,
+            train_ids=train_ids,
+            on_epoch=self._report,
+        )
 
-        def on_epoch() -> None:
-            nonlocal done
-            done += 1
-            self._writer.write(done, total)
-
-        return [
-            train_head(
-                shared,
-                index,
-                recipe.heads,
-                num_clusters=recipe.num_clusters,
-                seed=recipe.seed,
-                device=self._device,
-                train_ids=train_ids,
-                on_epoch=on_epoch,
-            )
-            for index in indices
-        ]
+    def _report(self) -> None:
+        self._done += 1
+        self._writer.write(self._done, self._total)
 
 
 def open_bank(embedding: Artifact) -> Bank:
@@ -62,37 +59,54 @@ def open_bank(embedding: Artifact) -> Bank:
     return Bank(*(np.load(embedding.file(f"{name}.npy"), mmap_mode="r") for name in Bank._fields))
 
 
-def num_actors(recipe: Recipe, scale: Scale) -> int:
+def num_actors(recipe: Recipe, scale: Scale, num_heads: int) -> int:
     """One actor per head where the cluster has room, else as many as there is room for."""
-    if scale.head_actors is not None:
-        return min(scale.head_actors, recipe.heads.count)
-    resources = ray.cluster_resources()
-    # One CPU belongs to reading tasks; see cluster.py.
-    room = max(1, (int(resources["CPU"]) - 1) // scale.cpus_per_worker)
-    if scale.head_gpus:
-        room = min(room, max(1, int(resources.get("GPU", 0) / scale.head_gpus)))
-    return min(room, recipe.heads.count)
+    return max(1, min(scale.head_actors or num_heads, num_heads, room(scale.cpus_per_worker, scale.head_gpus)))
 
 
 def train_heads(
-    recipe: Recipe, scale: Scale, bank: Bank, train_ids: NDArray[np.int64], progress: Path
+    recipe: Recipe, scale: Scale, bank: Bank, train_ids: NDArray[np.int64], progress: Path, finished: Path
 ) -> list[TrainedHead]:
-    """Train all heads; which actor trains a head has no influence on it."""
-    refs = [ray.put(np.asarray(array)) for array in bank]
-    count = num_actors(recipe, scale)
-    remote = ray.remote(HeadActor).options(
-        num_cpus=scale.cpus_per_worker,
-        num_gpus=scale.head_gpus,
-        max_restarts=_RETRIES,
-        max_task_retries=_RETRIES,
-    )
-    shares = [list(range(recipe.heads.count))[first::count] for first in range(count)]
-    actors = [remote.remote(recipe, scale, progress, f"actor-{number}") for number in range(count)]
-    results = ray.get([a.train.remote(refs, share, train_ids) for a, share in zip(actors, shares, strict=True)])
-    heads: dict[int, TrainedHead] = {}
-    for share, trained in zip(shares, results, strict=True):
-        heads |= dict(zip(share, trained, strict=True))
+    """Train all heads; which actor trains a head has no influence on it.
+
+    Heads that were trained are kept in the folder ``finished``, and those found there are not trained again.
+    """
+    heads = {index: head for index in range(recipe.heads.count) if (head := _read_head(finished, index)) is not None}
+    missing = [index for index in range(recipe.heads.count) if index not in heads]
+    if missing:
+        refs = [ray.put(np.asarray(array)) for array in bank]
+        count = num_actors(recipe, scale, len(missing))
+        remote = ray.remote(HeadActor).options(
+            num_cpus=scale.cpus_per_worker,
+            num_gpus=scale.head_gpus,
+            max_restarts=_RETRIES,
+            max_task_retries=_RETRIES,
+        )
+        shares = [missing[first::count] for first in range(count)]
+        actors = [remote.remote(recipe, scale, progress, f"actor-{n}", len(share)) for n, share in enumerate(shares)]
+        running = {
+            a.train.remote(refs, h, train_ids): h for a, share in zip(actors, shares, strict=True) for h in share
+        }
+        while running:
+            (ready, *_), _ = ray.wait(list(running))
+            index = running.pop(ready)
+            heads[index] = ray.get(ready)
+            _keep_head(finished, index, heads[index])
     return [heads[index] for index in range(recipe.heads.count)]
+
+
+def _keep_head(folder: Path, index: int, head: TrainedHead) -> None:
+    record = {"loss": head.loss, "best_epoch": head.best_epoch, "losses": head.losses}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(head.weights, folder / f"{index:03d}.safetensors")
+    write_json(folder / f"{index:03d}.json", record)  # last: its presence means complete
+
+
+def _read_head(folder: Path, index: int) -> TrainedHead | None:
+    record = folder / f"{index:03d}.json"
+    if not record.is_file():
+        return None
+    return TrainedHead(load_weights(folder / f"{index:03d}.safetensors"), **read_json(record))
 
 
 def publish_heads(root: Path, print_: str, recipe: Recipe, bank: Bank, heads: list[TrainedHead]) -> Artifact:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 import torch
@@ -190,7 +191,7 @@ def training_ids(shards: Shards) -> NDArray[np.int64]:
     if shards.splits is None:
         return np.arange(shards.num_rows)
     split = _column(shards, "split")
-    return np.flatnonzero(pa.compute.is_in(split, pa.array(shards.splits)).to_numpy())
+    return np.flatnonzero(pc.is_in(split, pa.array(shards.splits)).to_numpy())
 
 
 def _column(shards: Shards, name: str) -> pa.ChunkedArray:

@@ -1,29 +1,32 @@
 """The paper's three stages as a straight line of artifacts: each is opened where it is complete, and else made."""
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from spice_ray.config import Recipe, check_images, num_neighbors, perfect_loss
+from spice_ray.config import Recipe, num_neighbors, perfect_loss
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, ENCODER, HEADS, JOINT, LABELS, RELIABLE
-from spice_ray.errors import ConfigError
+from spice_ray.errors import StorageError
 from spice_ray.run_folder import RunFolder
 from spice_ray.runtime.data import Shards, check_lanes, open_shards, splits_of
 from spice_ray.runtime.heads import open_bank, publish_heads, train_heads
 from spice_ray.runtime.inference import publish_assignments, publish_embedding, training_ids
 from spice_ray.runtime.progress import Done, Reporter, watched
-from spice_ray.runtime.reliable import publish_reliable, why_skip
-from spice_ray.runtime.train import JointJob, PretrainJob, fit, initial_joint, publish_joint, run_joint, run_pretrain
+from spice_ray.runtime.reliable import check_clusters, publish_reliable, why_skip
+from spice_ray.runtime.train import JointJob, PretrainJob, fit, publish_skipped, run_joint, run_pretrain
+from spice_ray.shards import check_shards
 from spice_ray.storage import Artifact, fingerprint, open_artifact
 
 Show = Callable[[Done], None]
+_LOOKS = 10
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,8 @@ class Pipeline:
         Raises:
             ConfigError: They are too few, or of another size.
         """
-        recipe, size = self.recipe, self.shards_artifact.manifest["image_size"]
-        if size != recipe.image.size:
-            raise ConfigError(
-                f"the shards hold images of {size} pixels and the recipe asks for "
-                f"image.size={recipe.image.size}; ingest again, or set image.size={size}"
-            )
-        if self.train_shards.num_train == 0:
-            raise ConfigError("protocol=split needs images of a train split and there are none; use protocol=whole")
-        check_images(recipe, self.pretrain_shards.num_train, self.train_shards.num_train)
+        recipe = self.recipe
+        check_shards(recipe, self.shards_artifact)
         check_lanes(self.pretrain_shards, recipe.pretrain.lanes, "pretrain.lanes")
         check_lanes(self.train_shards, recipe.joint.lanes, "joint.lanes")
 
@@ -69,6 +65,7 @@ class Pipeline:
         """The images that stages 2 and 3 see."""
         return open_shards(self.shards_artifact, splits_of(self.recipe.protocol, unlabeled=False))
 
+    @cached_property
     def encoder(self) -> Artifact:
         """Stage 1."""
         recipe = self.recipe
@@ -80,61 +77,80 @@ class Pipeline:
 
         return self._artifact(ENCODER, "stage 1: contrastive encoder", "steps", settings, [self.shards_artifact], make)
 
+    @cached_property
     def embedding(self) -> Artifact:
         """The frozen embedding and the heads' views."""
         recipe = self.recipe
-        encoder = self.encoder()
+        encoder = self.encoder
         settings = {"views": recipe.heads.views, "image": _settings(recipe.image), "seed": recipe.seed}
 
         def make(print_: str, progress: Path, show: Show) -> None:
             publish_embedding(
-                self._root, print_, recipe, recipe.scale, encoder, self.all_shards, lambda *d: show(Done(*d, None))
+                self._root,
+                print_,
+                recipe,
+                recipe.scale,
+                encoder,
+                self.all_shards,
+                lambda done, total: show(Done(done, total, None)),
             )
 
         return self._artifact(EMBEDDING, "frozen embedding", "images", settings, [encoder], make)
 
+    @cached_property
     def heads(self) -> Artifact:
         """Stage 2."""
         recipe = self.recipe
-        embedding = self.embedding()
+        embedding = self.embedding
         settings = {"heads": _settings(recipe.heads), "num_clusters": recipe.num_clusters, **self._common()}
 
         def make(print_: str, progress: Path, show: Show) -> None:
             bank, ids = open_bank(embedding), training_ids(self.train_shards)
-            trained = watched(lambda: train_heads(recipe, recipe.scale, bank, ids, progress), progress, show)
+            finished = self.run.checkpoints / f"heads-{print_}"
+            work = partial(train_heads, recipe, recipe.scale, bank, ids, progress, finished)
+            trained = watched(work, progress, show)
             publish_heads(self._root, print_, recipe, bank, trained)
+            shutil.rmtree(finished, ignore_errors=True)
 
         return self._artifact(HEADS, "stage 2: clustering heads", "epochs", settings, [embedding], make)
 
+    @cached_property
     def reliable(self) -> Artifact:
         """Reliable pseudo-labels."""
         recipe = self.recipe
-        heads = self.heads()
-        neighbors = num_neighbors(recipe.reliable, self.train_shards.num_train, recipe.num_clusters)
+        heads = self.heads
+        neighbors = num_neighbors(recipe.reliable, self.train_shards.num_counted, recipe.num_clusters)
         settings = {"reliable": {**_settings(recipe.reliable), "neighbors": neighbors}, **self._common()}
         settings["reliable"].pop("strict")
 
         def make(print_: str, progress: Path, show: Show) -> None:
             ids = training_ids(self.train_shards)
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            publish_reliable(self._root, print_, recipe, heads, self.embedding(), ids, device)
+            device = torch.device("cuda" if recipe.scale.gpus_per_worker and torch.cuda.is_available() else "cpu")
+            publish_reliable(self._root, print_, recipe, heads, self.embedding, ids, device)
 
-        return self._artifact(RELIABLE, "reliable pseudo-labels", "images", settings, [heads], make)
+        found = self._artifact(RELIABLE, "reliable pseudo-labels", "images", settings, [heads], make)
+        check_clusters(found, recipe)
+        return found
 
+    @cached_property
     def joint(self) -> Artifact:
         """Stage 3."""
-        reliable, progress_unit = self.reliable(), "steps"
+        reliable = self.reliable
         self._warn_of_empty_clusters(reliable)
 
         def make(print_: str, progress: Path, show: Show) -> None:
             job, skip = self.joint_job(print_), self.why_skip_joint()
             if skip is not None:
                 self.reporter.note(f"stage 3 is skipped: {skip}")
-                publish_joint(job, initial_joint(job), skipped=skip)
+                publish_skipped(job, skip)
                 return
             watched(lambda: fit(run_joint, job, self.recipe.scale, self.run.checkpoints, progress), progress, show)
 
-        return self._artifact(JOINT, "stage 3: joint training", progress_unit, self._joint_settings(), [reliable], make)
+        return self._artifact(JOINT, "stage 3: joint training", "steps", self._joint_settings(), [reliable], make)
+
+    def make_shared(self) -> None:
+        """Stages 1 and 2, once, before the trials of a sweep would each make them."""
+        self.reporter.note(f"stages 1 and 2: {self.heads.path.name}")
 
     def joint_job(self, print_: str) -> JointJob:
         """What a worker of stage 3 is given."""
@@ -145,26 +161,27 @@ class Pipeline:
             self.train_shards,
             recipe.seed,
             recipe.num_clusters,
-            self.encoder(),
-            self.heads(),
-            self.reliable(),
+            self.encoder,
+            self.heads,
+            self.reliable,
             self._root,
             print_,
         )
 
     def joint_fingerprint(self) -> str:
         """The name that stage 3's artifact has or will have."""
-        return fingerprint(JOINT, self._joint_settings(), [self.reliable().fingerprint])
+        return fingerprint(JOINT, self._joint_settings(), [self.reliable.fingerprint])
 
     def why_skip_joint(self) -> str | None:
         """Why stage 3 cannot be trained, or None."""
         rows = [file.rows for file in self.train_shards.files]
-        return why_skip(self.reliable(), self.recipe, rows, self.recipe.joint.lanes)
+        return why_skip(self.reliable, self.recipe, rows, self.recipe.joint.lanes)
 
+    @cached_property
     def assignments(self) -> Artifact:
         """Every image's cluster."""
-        recipe, joint = self.recipe, self.joint()
-        reliable = self.reliable()
+        recipe, joint = self.recipe, self.joint
+        reliable = self.reliable
         settings = {"image": _settings(recipe.image), "fraction": recipe.heads.confident_fraction}
 
         def make(print_: str, progress: Path, show: Show) -> None:
@@ -177,11 +194,11 @@ class Pipeline:
 
     def finish(self) -> Artifact:
         """Run all stages and give the user the tables."""
-        result = self.assignments()
-        self._warn_of_merged_clusters(self.heads())
+        result = self.assignments
+        self._tell_loss()
         self.run.publish_table(result, "assignments.parquet")
         self.run.publish_table(self.shards_artifact, "rejects.parquet")
-        made = [self.shards_artifact, self.encoder(), self.embedding(), self.heads(), self.reliable(), self.joint()]
+        made = [self.shards_artifact, self.encoder, self.embedding, self.heads, self.reliable, self.joint]
         prints = {artifact.kind: artifact.fingerprint for artifact in (*made, result)}
         root, own = self.shards_artifact.path.parent.resolve(), self.run.artifacts.resolve()
         self.run.record(
@@ -217,9 +234,7 @@ class Pipeline:
             return found
         with self.reporter.stage(title, unit) as show, timed(self.run, title):
             make(print_, self.run.progress(kind), show)
-        found = open_artifact(self._root, kind, print_)
-        assert found is not None
-        return found
+        return _opened(self._root, kind, print_)
 
     def _warn_of_empty_clusters(self, reliable: Artifact) -> None:
         empty = [cluster for cluster, kept in enumerate(reliable.manifest["kept"]) if kept == 0]
@@ -228,9 +243,19 @@ class Pipeline:
                 f"clusters {empty} have no reliable sample; stage 3 goes on without (kept: {reliable.manifest['kept']})"
             )
 
-    def _warn_of_merged_clusters(self, heads: Artifact) -> None:
-        loss, best = min(heads.manifest["losses"]), perfect_loss(self.recipe.num_clusters)
+    def _tell_loss(self) -> None:
+        loss, best = min(self.heads.manifest["losses"]), perfect_loss(self.recipe.num_clusters)
         self.reporter.note(f"least unsupervised loss of the heads: {loss:.4f} (perfect clusters: {best:.4f})")
+
+
+def _opened(root: Path, kind: str, print_: str) -> Artifact:
+    """An artifact that another process has just published."""
+    for _ in range(_LOOKS):
+        found = open_artifact(root, kind, print_)
+        if found is not None:
+            return found
+        time.sleep(1)  # a network file system shows new folders late
+    raise StorageError(f"{kind}-{print_} did not appear in {root}; choose an --out that all nodes mount at one place")
 
 
 @contextmanager

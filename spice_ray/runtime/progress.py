@@ -42,13 +42,13 @@ class ProgressWriter:
         self._file = folder / f"{writer}.json"
         self._next = 0.0
 
-    def write(self, done: int, total: int, loss: Callable[[], float] | None = None) -> None:
-        """Say that ``done`` of ``total`` is done; the loss is asked for only when it is written."""
+    def write(self, done: int, total: int, loss: float | None = None) -> None:
+        """Say that ``done`` of ``total`` is done."""
         now = time.monotonic()
         if now < self._next and done < total:
             return
         self._next = now + _SECONDS_BETWEEN_WRITES
-        write_json(self._file, {"done": done, "total": total, "loss": None if loss is None else loss()})
+        write_json(self._file, {"done": done, "total": total, "loss": loss})
 
 
 def read_progress(folder: Path) -> Done | None:

@@ -38,11 +38,7 @@ def publish_reliable(
     train_ids: NDArray[np.int64],
     device: torch.device,
 ) -> Artifact:
-    """Find the reliable samples among ``train_ids`` and publish them.
-
-    Raises:
-        ConfigError: ``reliable.strict`` is set and a cluster has no reliable sample.
-    """
+    """Find the reliable samples among ``train_ids`` and publish them."""
     labels = np.load(heads.file("assignments.npy"), mmap_mode="r")
     confidences = np.load(heads.file("confidences.npy"), mmap_mode="r")
     embeddings = np.load(embedding.file("embedding.npy"), mmap_mode="r")
@@ -57,18 +53,26 @@ def publish_reliable(
         key=stream_key(recipe.seed, "balance"),
         device=device,
     )
-    empty = [cluster for cluster, kept in enumerate(found.kept) if kept == 0]
-    if empty and recipe.reliable.strict:
-        raise ConfigError(
-            f"clusters {empty} of {recipe.num_clusters} have no reliable sample; {advice(recipe)}, "
-            "or set reliable.strict=false"
-        )
 
     def write(folder: Path) -> dict[str, Any]:
         pq.write_table(_table(np.asarray(labels), train_ids, found), folder / "reliable.parquet")
         return {"neighbors": neighbors, "kept": found.kept, "num_train": len(train_ids)}
 
     return publish(root, RELIABLE, print_, write)
+
+
+def check_clusters(reliable: Artifact, recipe: Recipe) -> None:
+    """Hold the reliable labels to ``reliable.strict``.
+
+    Raises:
+        ConfigError: It is set and a cluster has no reliable sample.
+    """
+    empty = [cluster for cluster, kept in enumerate(reliable.manifest["kept"]) if kept == 0]
+    if empty and recipe.reliable.strict:
+        raise ConfigError(
+            f"clusters {empty} of {recipe.num_clusters} have no reliable sample; {advice(recipe)}, "
+            "or set reliable.strict=false"
+        )
 
 
 def read_reliable(artifact: Artifact) -> ReliableTable:

@@ -1,5 +1,7 @@
 """Stages 1 and 3 under Ray Train: one ``fit`` per stage, its workers fed by Ray Data, resumed from its checkpoints."""
 
+import math
+import pickle
 import shutil
 import tempfile
 import time
@@ -22,7 +24,7 @@ from spice_ray.core.heads import ClusterHead
 from spice_ray.core.joint import JointModel
 from spice_ray.core.lanes import DrawnLanes, LaneImages, ShuffledLanes
 from spice_ray.core.order import stream_key
-from spice_ray.errors import SpiceError, TrainingError
+from spice_ray.errors import SpiceError, StorageError, TrainingError
 from spice_ray.runtime.data import Shards, load_lanes
 from spice_ray.runtime.progress import ProgressWriter
 from spice_ray.runtime.reliable import read_reliable
@@ -95,7 +97,7 @@ def run_pretrain(job: PretrainJob, host: Host) -> None:
         settings,
         lanes,
         augmentation_of(job.image),
-        num_images=job.shards.num_train,
+        num_images=job.shards.num_counted,
         seed=job.seed,
         device=host.device,
         wrap=host.wrap,
@@ -152,8 +154,13 @@ def joint_arch(job: JointJob) -> str:
     return job.settings.encoder or str(job.encoder.manifest["arch"])
 
 
+def publish_skipped(job: JointJob, reason: str) -> None:
+    """Publish the result of stages 1 and 2 (SPICE_s) where stage 3 cannot be trained."""
+    publish_joint(job, JointModel(load_encoder(job.encoder), load_head(job.heads)), skipped=reason)
+
+
 def publish_joint(job: JointJob, model: JointModel, skipped: str | None) -> Artifact:
-    """Publish a classifier; ``skipped`` says why stage 3 left it as it was, None that it was trained."""
+    """Publish a classifier; ``skipped`` says why stage 3 was not trained, None that it was."""
 
     def write(folder: Path) -> dict[str, Any]:
         save_weights(model, folder / "joint.safetensors")
@@ -172,7 +179,8 @@ class TrainProgress:
         self._due = time.monotonic() + checkpoint_seconds
         self._writer = ProgressWriter(folder, "train") if collectives.rank() == 0 else None
         self._folder = folder
-        self._losses: list[Tensor] = []
+        self._losses: list[float] = []
+        self._pending: list[Tensor] = []
 
     def restore(self) -> dict[str, Any] | None:
         """The state of the last checkpoint that Ray Train knows of."""
@@ -180,28 +188,38 @@ class TrainProgress:
         if checkpoint is None:
             return None
         with checkpoint.as_directory() as folder:
-            state: dict[str, Any] = torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
-        self._losses = list(state.pop("losses"))
+            state = _read_state(Path(folder) / "state.pt")
+        self._losses = state.pop("losses").tolist()
         return state
 
     def advance(self, step: int, total: int, loss: Tensor, snapshot: Callable[[], dict[str, Any]]) -> None:
         """Show progress; save a checkpoint when one is due, on all workers at the same step."""
-        self._losses.append(loss)
+        self._pending.append(loss)
+        if step % _STEPS_BETWEEN_LOOKS and step != total:
+            return
+        self._settle(step)
         if self._writer is not None:
-            self._writer.write(step, total, loss.item)
+            self._writer.write(step, total, self._losses[-1])
         if step == total:
             self._write_losses()
-        elif step % _STEPS_BETWEEN_LOOKS == 0:
-            due = collectives.first_worker_decides(time.monotonic() >= self._due, self._device)
-            if due:
-                self._save(step, snapshot())
+        elif collectives.first_worker_decides(time.monotonic() >= self._due, self._device):
+            self._save(step, snapshot())
+
+    def _settle(self, step: int) -> None:
+        """Fetch the losses since the last look from the device; all workers hold the same, so all stop together."""
+        self._losses += torch.stack(self._pending).tolist()
+        self._pending.clear()
+        if not math.isfinite(self._losses[-1]):
+            raise TrainingError(
+                f"the loss of step {step} is not a number; lower the stage's lr, or use precision=fp32, in a new --out"
+            )
 
     def _save(self, step: int, state: dict[str, Any]) -> None:
         if collectives.rank() != 0:
             ray.train.report({"step": step})
         else:
             folder = tempfile.mkdtemp(prefix="spice-checkpoint-")
-            torch.save({**state, "losses": torch.stack(self._losses)}, Path(folder) / "state.pt")
+            torch.save({**state, "losses": torch.tensor(self._losses)}, Path(folder) / "state.pt")
             ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
             shutil.rmtree(folder, ignore_errors=True)
         self._due = time.monotonic() + self._checkpoint_seconds
@@ -209,8 +227,18 @@ class TrainProgress:
     def _write_losses(self) -> None:
         """Leave the loss of every step beside the progress, for whoever looks into a run."""
         if self._writer is not None:
-            lines = (f"{number},{value:.9g}" for number, value in enumerate(torch.stack(self._losses).tolist(), 1))
+            lines = (f"{number},{value:.9g}" for number, value in enumerate(self._losses, 1))
             (self._folder / "losses.csv").write_text("step,loss\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        raise StorageError(
+            f"the checkpoint {file} is damaged; delete the run's folder checkpoints and run the same command again"
+        ) from None
+    return state
 
 
 def wrap_ddp(module: nn.Module) -> nn.Module:
@@ -218,13 +246,19 @@ def wrap_ddp(module: nn.Module) -> nn.Module:
     return ray.train.torch.prepare_model(module, parallel_strategy_kwargs={"broadcast_buffers": False})
 
 
-def _work(config: dict[str, Any]) -> None:
-    """What Ray Train runs on each worker."""
+def _work(config: dict[str, Any]) -> str | None:
+    """What Ray Train runs on each worker; gives the sentence of an error that a retry would only meet again."""
     job, scale, folder = config["job"], config["scale"], config["progress"]
     torch.set_num_threads(scale.cpus_per_worker)
     device = ray.train.torch.get_device()
-    host = Host(device, wrap_ddp, TrainProgress(device, scale.checkpoint_seconds, folder))
-    config["run"](job, host)
+    try:
+        if not folder.is_dir():
+            raise StorageError(f"{folder} is not seen by every node; choose an --out that all nodes mount")
+        host = Host(device, wrap_ddp, TrainProgress(device, scale.checkpoint_seconds, folder))
+        config["run"](job, host)
+    except SpiceError as error:
+        return str(error)
+    return None
 
 
 def fit(
@@ -257,9 +291,12 @@ def fit(
         ),
     )
     try:
-        trainer.fit()
+        sentence = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         raise _user_error(error, name) from error
+    if sentence is not None:
+        shutil.rmtree(checkpoints / name, ignore_errors=True)
+        raise TrainingError(sentence)
     shutil.rmtree(checkpoints / name, ignore_errors=True)
 
 
@@ -268,11 +305,8 @@ def backend(scale: Scale) -> str:
     return "nccl" if scale.gpus_per_worker >= 1 else "gloo"
 
 
-def _user_error(error: Exception, name: str) -> SpiceError:
+def _user_error(error: Exception, name: str) -> TrainingError:
     causes = list(getattr(error, "worker_failures", {}).values()) or [error]
-    for cause in causes:
-        if isinstance(cause, SpiceError):
-            return cause
     first = str(causes[0]).strip().splitlines()[-1] if str(causes[0]).strip() else type(causes[0]).__name__
     return TrainingError(
         f"{name} failed ({first}); run the same command again to go on from the last checkpoint, "

@@ -1,5 +1,6 @@
 """Sweeps under Ray Tune: every trial shares stages 1 and 2 and is ranked by the same unsupervised loss."""
 
+import math
 import os
 import shutil
 import time
@@ -26,7 +27,7 @@ from spice_ray.runtime.data import images_of
 from spice_ray.runtime.inference import final_loss, training_ids
 from spice_ray.runtime.pipeline import Pipeline
 from spice_ray.runtime.progress import Done, ProgressWriter, watched
-from spice_ray.runtime.train import Host, augmentation_of, initial_joint, publish_joint, run_joint
+from spice_ray.runtime.train import Host, augmentation_of, publish_skipped, run_joint
 from spice_ray.runtime.weights import load_joint
 from spice_ray.stages.assign import predict
 from spice_ray.storage import Artifact, open_artifact, read_json, write_json
@@ -60,13 +61,14 @@ def run_sweep(pipeline: Pipeline, settings: Sweep, name: str) -> list[dict[str, 
     Raises:
         TrainingError: No trial came to an end.
     """
-    pipeline.heads()  # before the trials, which would otherwise each do it
+    pipeline.make_shared()
     folder = pipeline.run.path / "sweeps" / name
     folder.mkdir(parents=True, exist_ok=True)
     progress = pipeline.run.progress("sweep")
     with pipeline.reporter.stage("sweep", "trials") as show:
         results = watched(lambda: _fit(pipeline, settings, folder, progress), progress, show)
-    rows = sorted((_row(result, settings) for result in results), key=lambda r: (r["loss"] is None, r["loss"] or 0))
+    found = (_row(result, settings, pipeline.recipe) for result in results)
+    rows = sorted(found, key=lambda row: (row["loss"] is None, row["loss"] or 0))
     if not rows or rows[0]["loss"] is None:
         raise TrainingError(
             f"no trial came to an end ({rows[0]['note'] if rows else 'none was started'}); "
@@ -107,7 +109,12 @@ def _fit(pipeline: Pipeline, settings: Sweep, folder: Path, progress: Path) -> r
             search_alg=ray.tune.search.BasicVariantGenerator(random_state=pipeline.recipe.seed),
             max_concurrent_trials=max(1, (int(ray.cluster_resources()["CPU"]) - 1) // scale.cpus_per_worker),
         ),
-        run_config=ray.tune.RunConfig(name="tune", storage_path=str(folder.resolve()), verbose=0),
+        run_config=ray.tune.RunConfig(
+            name="tune",
+            storage_path=str(folder.resolve()),
+            verbose=0,
+            failure_config=ray.tune.FailureConfig(max_failures=scale.max_failures),
+        ),
     )
     return tuner.fit()
 
@@ -139,17 +146,16 @@ def _trial(config: dict[str, Any], *, pipeline: Pipeline, progress: Path) -> Non
 
 def evaluate_trial(pipeline: Pipeline) -> dict[str, Any]:
     """Reliable labels and stage 3 in this process, and the loss that ranks the result."""
-    reliable, skip = pipeline.reliable(), pipeline.why_skip_joint()
+    reliable, skip = pipeline.reliable, pipeline.why_skip_joint()
     print_ = pipeline.joint_fingerprint()
     if open_artifact(pipeline.run.artifacts, JOINT, print_) is None:
         job = pipeline.joint_job(print_)
         if skip is not None:
-            publish_joint(job, initial_joint(job), skipped=skip)
+            publish_skipped(job, skip)
         else:
             device = torch.device("cuda" if pipeline.recipe.scale.gpus_per_worker else "cpu")
             run_joint(job, Host(device, lambda module: module, TrialProgress()))
-    joint = open_artifact(pipeline.run.artifacts, JOINT, print_)
-    assert joint is not None
+    joint = pipeline.joint
     return {"loss": trial_loss(pipeline, joint), "num_reliable": sum(reliable.manifest["kept"]), "note": skip or ""}
 
 
@@ -169,13 +175,17 @@ def trial_loss(pipeline: Pipeline, joint: Artifact) -> float:
     return final_loss(logits[ids], pooled[ids], recipe)
 
 
-def _row(result: Any, settings: Sweep) -> dict[str, Any]:
+def _row(result: Any, settings: Sweep, recipe: Recipe) -> dict[str, Any]:
     metrics = result.metrics or {}
     loss = metrics.get("loss")
+    if loss is not None and not math.isfinite(loss):
+        loss = None
+    trial = sweep_recipe(recipe, {key: result.config[key] for key in settings.space}).model_dump(mode="json")
     error = str(result.error).strip().splitlines()[-1] if result.error else ""
     return {
-        "values": {key: result.config[key] for key in settings.space},
-        "loss": None if loss is None or loss == float("inf") else float(loss),
+        # As the recipe reads them: YAML takes 1e-3 for text.
+        "values": {key: trial[key.partition(".")[0]][key.partition(".")[2]] for key in settings.space},
+        "loss": loss,
         "reliable": int(metrics.get("num_reliable", 0)),
         "seconds": float(metrics.get("trial_seconds", 0.0)),
         "note": error or metrics.get("note", ""),

@@ -128,7 +128,7 @@ def fit_round(
             logits = head(_gather(view, rows[indices[chosen]], device))
             loss = _loss(logits, labels[torch.from_numpy(chosen).to(device)], settings)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
 
 

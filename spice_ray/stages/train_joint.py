@@ -96,7 +96,7 @@ class _FixMatch:
         unlabelled_loss = consistency_loss(weak_logits, strong_logits, self.settings.confidence)
         loss = loss + self.settings.unlabelled_weight * unlabelled_loss
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         update_ema(self.ema, self.bare, self.settings.ema)
         return collectives.mean_over_workers(loss.detach())

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.multiprocessing import start_processes
 
 from spice_ray.core import collectives
 
@@ -60,10 +61,10 @@ def norm_of(rank: int) -> nn.BatchNorm2d:
     return module
 
 
-def work(folder: Path) -> None:
+def work(rank: int, folder: Path) -> None:
     """What each worker does; runs in processes of its own."""
-    dist.init_process_group("gloo")
-    rank = collectives.rank()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    assert (collectives.rank(), collectives.world_size()) == (rank, 2)
     lanes = torch.arange(rank * LANES, (rank + 1) * LANES)
     own = (100 * lanes[None, :] + torch.arange(ROWS)[:, None]).flatten()
     gathered = collectives.gather_lanes(own, LANES)
@@ -91,8 +92,7 @@ def work(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workers")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*launch, __file__, str(folder)], check=True, timeout=120)
+    subprocess.run([sys.executable, __file__, str(folder)], check=True, timeout=120)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -133,4 +133,4 @@ def test_all_workers_do_what_the_first_decides(workers):
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    start_processes(work, (Path(sys.argv[1]),), nprocs=2, start_method="fork")

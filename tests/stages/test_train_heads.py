@@ -204,7 +204,7 @@ def test_the_head_with_the_least_loss_is_chosen_and_of_equals_the_first():
 @pytest.mark.parametrize("changes", ABLATIONS)
 def test_the_chosen_head_finds_a_mixture_of_gaussians(changes):
     bank, labels_true = mixture()
-    heads = [train(bank, index, epochs=6, repeats=4, round_size=COUNT, **changes) for index in range(3)]
+    heads = [train(bank, index, epochs=12, lr=0.02, round_size=COUNT, **changes) for index in range(5)]
     best = heads[choose_head(heads)]
     with torch.no_grad():
         labels = head_of(best)(torch.from_numpy(bank.plain)).argmax(dim=1).numpy()
