@@ -80,8 +80,16 @@ def bank() -> Bank:
 # What a head depends on
 
 
-def test_a_head_is_the_same_to_the_bit_in_another_process_that_trains_others_first(bank):
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_head_is_the_same_to_the_bit_in_another_process_that_trains_others_first(bank):
     command = [sys.executable, __file__, "2", "0", "1"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.split()
     assert [digest(train(bank, index)) for index in (0, 1, 2)] == [lines[1], lines[2], lines[0]]
