@@ -115,7 +115,7 @@ def write_json(path: Path, value: Any) -> None:
         StorageError: The disk refused; an old file stays as it was.
         ValueError: The value holds NaN or infinity.
     """
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with reporting_disk_errors(path):
         try:

@@ -23,11 +23,18 @@ def replace_rows(target: Tensor, mask: Tensor, function: Callable[..., Tensor], 
 
     Writes over ``target`` on the CPU, where ``function`` sees the chosen rows alone; elsewhere it sees all.
     """
-    if target.device.type == "cpu":
-        chosen = mask.nonzero()[:, 0]
-        if len(chosen):
-            target.index_copy_(0, chosen, function(*(values.index_select(0, chosen) for values in rows)))
-        return target
+    replace = _replace_chosen if target.device.type == "cpu" else _replace_all
+    return replace(target, mask, function, *rows)
+
+
+def _replace_chosen(target: Tensor, mask: Tensor, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    chosen = mask.nonzero()[:, 0]
+    if len(chosen):
+        target.index_copy_(0, chosen, function(*(values.index_select(0, chosen) for values in rows)))
+    return target
+
+
+def _replace_all(target: Tensor, mask: Tensor, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     # Counting the rows would stall an accelerator until the host has read the number. The function may write over what
     # it is given, and here that would be all of the target.
     rows = tuple(values.clone() if values is target else values for values in rows)

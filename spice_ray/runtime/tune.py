@@ -67,7 +67,7 @@ def run_sweep(pipeline: Pipeline, settings: Sweep, name: str) -> list[dict[str, 
     progress = pipeline.run.progress("sweep")
     with pipeline.reporter.stage("sweep", "trials") as show:
         results = watched(lambda: _fit(pipeline, settings, folder, progress), progress, show)
-    found = (_row(result, settings, pipeline.recipe) for result in results)
+    found = (row_of(result, settings, pipeline.recipe) for result in results)
     rows = sorted(found, key=lambda row: (row["loss"] is None, row["loss"] or 0))
     if not rows or rows[0]["loss"] is None:
         raise TrainingError(
@@ -175,7 +175,8 @@ def trial_loss(pipeline: Pipeline, joint: Artifact) -> float:
     return final_loss(logits[ids], pooled[ids], recipe)
 
 
-def _row(result: Any, settings: Sweep, recipe: Recipe) -> dict[str, Any]:
+def row_of(result: Any, settings: Sweep, recipe: Recipe) -> dict[str, Any]:
+    """A trial as the table shows it: ``values``, ``loss`` (None where it has none to be ranked by) and the rest."""
     metrics = result.metrics or {}
     loss = metrics.get("loss")
     if loss is not None and not math.isfinite(loss):

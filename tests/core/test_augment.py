@@ -36,6 +36,17 @@ def undo(images: Tensor) -> Tensor:
     return images * torch.tensor(STD).view(-1, 1, 1) + torch.tensor(MEAN).view(-1, 1, 1)
 
 
+@pytest.mark.parametrize("side", [16, 40])
+@pytest.mark.parametrize(("family", "view"), VIEWS)
+def test_the_accelerators_way_of_replacing_rows_gives_the_same_view(
+    family: str, view: str, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, draws = photos(24, side), torch.arange(24)
+    expected = getattr(augmentation(family), view)(images, draws, KEY)
+    monkeypatch.setattr(image_ops, "_replace_chosen", image_ops._replace_all)
+    assert torch.equal(getattr(augmentation(family), view)(images, draws, KEY), expected)
+
+
 # Every view, as a function of its row
 
 

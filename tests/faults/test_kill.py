@@ -88,3 +88,16 @@ def keep_stages_before(kind: str, finished: Path, run: Path) -> None:
     for later in STAGES[STAGES.index(kind) :]:
         for folder in (run / "artifacts").glob(f"{later}-*"):
             shutil.rmtree(folder)
+
+
+@pytest.mark.timeout(900)
+def test_ctrl_c_says_how_to_go_on_and_keeps_what_is_finished(corpus: Corpus, recipe_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(recipe_file, corpus.parquet, run)
+    wait_until(lambda: (run / "progress" / "encoder").is_dir(), process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"the same command again goes on from here" in errors
+    assert b"Traceback" not in errors
+    assert list((run / "artifacts").glob("shards-*/manifest.json"))

@@ -1,0 +1,47 @@
+import os
+
+import pytest
+import ray
+
+from spice_ray.config import Scale
+from spice_ray.errors import DataError, ResourceError, TrainingError
+from spice_ray.runtime.cluster import check_local_cpus, connected, room
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@ray.remote
+def fail(error: Exception) -> None:
+    raise error
+
+
+def test_a_users_error_comes_back_from_a_worker_as_itself() -> None:
+    with pytest.raises(DataError, match=r"^the folder is empty$"), connected(Scale(), verbose=False):
+        ray.get(fail.remote(DataError("the folder is empty")))
+
+
+def test_any_other_failure_of_a_worker_becomes_one_sentence() -> None:
+    with pytest.raises(TrainingError) as caught, connected(Scale(), verbose=False):
+        ray.get(fail.remote(ZeroDivisionError("by zero")))
+    assert "by zero" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_cpu_is_left_for_the_tasks_that_read() -> None:
+    cpus = os.cpu_count() or 1
+    assert room(1, 0) == cpus
+    assert room(cpus, 0) == 1
+    assert room(cpus + 1, 0) == 0
+    assert room(1, 1) == 0
+
+
+def test_workers_that_never_fit_are_refused_at_once() -> None:
+    cpus = os.cpu_count() or 1
+    check_local_cpus(Scale(workers=cpus))
+    with pytest.raises(ResourceError, match=rf"scale.workers={cpus + 1} .* has {cpus}"):
+        check_local_cpus(Scale(workers=cpus + 1))
+    with (
+        pytest.raises(ResourceError, match="1 GPUs in all and the cluster has 0"),
+        connected(Scale(gpus_per_worker=1), verbose=False),
+    ):
+        pytest.fail("connected let the workers through")
