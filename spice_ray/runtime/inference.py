@@ -19,8 +19,8 @@ from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, Bank
 from spice_ray.core.prototypes import unsupervised_loss
 from spice_ray.runtime.data import Shards, images_of, read_files
 from spice_ray.runtime.reliable import read_reliable
-from spice_ray.runtime.train import augmentation_of
 from spice_ray.runtime.weights import load_encoder, load_joint
+from spice_ray.runtime.workers import augmentation_of
 from spice_ray.stages.assign import predict
 from spice_ray.stages.embed import embed
 from spice_ray.storage import Artifact, publish

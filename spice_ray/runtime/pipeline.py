@@ -21,7 +21,8 @@ from spice_ray.runtime.heads import open_bank, publish_heads, train_heads
 from spice_ray.runtime.inference import publish_assignments, publish_embedding, training_ids
 from spice_ray.runtime.progress import Done, Reporter, watched
 from spice_ray.runtime.reliable import check_clusters, publish_reliable, why_skip
-from spice_ray.runtime.train import JointJob, PretrainJob, fit, publish_skipped, run_joint, run_pretrain
+from spice_ray.runtime.train import fit
+from spice_ray.runtime.workers import JointJob, PretrainJob, publish_skipped, run_joint, run_pretrain
 from spice_ray.shards import check_shards
 from spice_ray.storage import Artifact, fingerprint, open_artifact
 

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,159 +14,14 @@ import ray.train.torch
 import torch
 from torch import Tensor, nn
 
-from spice_ray.config import Image, Joint, Pretrain, Scale
-from spice_ray.contracts import ENCODER, JOINT, Progress, Wrap
+from spice_ray.config import Scale
 from spice_ray.core import collectives
-from spice_ray.core.augment import Augmentation
-from spice_ray.core.encoders import build_encoder
-from spice_ray.core.heads import ClusterHead
-from spice_ray.core.joint import JointModel
-from spice_ray.core.lanes import DrawnLanes, LaneImages, ShuffledLanes
-from spice_ray.core.order import stream_key
 from spice_ray.errors import SpiceError, StorageError, TrainingError
-from spice_ray.runtime.data import Shards, load_lanes
 from spice_ray.runtime.progress import ProgressWriter
-from spice_ray.runtime.reliable import read_reliable
-from spice_ray.runtime.weights import load_encoder, load_head, save_weights
-from spice_ray.stages.pretrain import pretrain
-from spice_ray.stages.train_joint import train_joint
-from spice_ray.storage import Artifact, publish
+from spice_ray.runtime.workers import Host, JointJob, PretrainJob
 
 _STEPS_BETWEEN_LOOKS = 10
 """How often workers agree whether a checkpoint is due."""
-
-
-@dataclass(frozen=True)
-class PretrainJob:
-    """What a worker of stage 1 is given."""
-
-    settings: Pretrain
-    image: Image
-    shards: Shards
-    seed: int
-    root: Path
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class JointJob:
-    """What a worker of stage 3 is given."""
-
-    settings: Joint
-    image: Image
-    shards: Shards
-    seed: int
-    num_clusters: int
-    encoder: Artifact
-    heads: Artifact
-    reliable: Artifact
-    root: Path
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class Host:
-    """Who runs a worker: what stands between the loop and Ray."""
-
-    device: torch.device
-    wrap: Wrap
-    progress: Progress
-
-
-def augmentation_of(image: Image) -> Augmentation:
-    """The views that a recipe allows."""
-    return Augmentation(image.views, image.mean, image.std)
-
-
-def worker_lanes(shards: Shards, num_lanes: int, device: torch.device) -> LaneImages:
-    """The images of the lanes that this worker serves: L = G / W consecutive ones."""
-    share = num_lanes // collectives.world_size()
-    first = collectives.rank() * share
-    return load_lanes(shards, list(range(first, first + share)), num_lanes, device)
-
-
-def run_pretrain(job: PretrainJob, host: Host) -> None:
-    """Stage 1 on one worker; the first worker publishes the encoder."""
-    settings = job.settings
-    images = worker_lanes(job.shards, settings.lanes, host.device)
-    lanes = ShuffledLanes(
-        images, rows_per_lane=settings.batch_size // settings.lanes, key=stream_key(job.seed, "pretrain")
-    )
-    encoder = pretrain(
-        settings,
-        lanes,
-        augmentation_of(job.image),
-        num_images=job.shards.num_counted,
-        seed=job.seed,
-        device=host.device,
-        wrap=host.wrap,
-        progress=host.progress,
-    )
-
-    def write(folder: Path) -> dict[str, Any]:
-        save_weights(encoder, folder / "encoder.safetensors")
-        return {
-            "arch": settings.encoder,
-            "embed_dim": encoder.embed_dim,
-            "image": job.image.model_dump(mode="json"),
-        }
-
-    if collectives.rank() == 0:
-        publish(job.root, ENCODER, job.fingerprint, write)
-
-
-def run_joint(job: JointJob, host: Host) -> None:
-    """Stage 3 on one worker; the first worker publishes the classifier."""
-    settings = job.settings
-    images = worker_lanes(job.shards, settings.lanes, host.device)
-    table = read_reliable(job.reliable)
-    per_lane = settings.labelled_batch // settings.lanes
-    model = train_joint(
-        settings,
-        initial_joint(job),
-        DrawnLanes(images, table.weights > 0, rows_per_lane=per_lane, key=stream_key(job.seed, "labelled")),
-        ShuffledLanes(
-            images, rows_per_lane=per_lane * settings.unlabelled_ratio, key=stream_key(job.seed, "unlabelled")
-        ),
-        augmentation_of(job.image),
-        labels=table.labels,
-        weights=table.weights,
-        seed=job.seed,
-        device=host.device,
-        wrap=host.wrap,
-        progress=host.progress,
-    )
-    if collectives.rank() == 0:
-        publish_joint(job, model, skipped=None)
-
-
-def initial_joint(job: JointJob) -> JointModel:
-    """Where stage 3 starts: the result of stages 1 and 2, or random weights."""
-    if job.settings.init == "stage2":
-        return JointModel(load_encoder(job.encoder), load_head(job.heads))
-    encoder = build_encoder(joint_arch(job), stream_key(job.seed, "joint", "encoder"))
-    return JointModel(encoder, ClusterHead(encoder.embed_dim, job.num_clusters, stream_key(job.seed, "joint", "head")))
-
-
-def joint_arch(job: JointJob) -> str:
-    """The encoder that stage 3 trains."""
-    return job.settings.encoder or str(job.encoder.manifest["arch"])
-
-
-def publish_skipped(job: JointJob, reason: str) -> None:
-    """Publish the result of stages 1 and 2 (SPICE_s) where stage 3 cannot be trained."""
-    publish_joint(job, JointModel(load_encoder(job.encoder), load_head(job.heads)), skipped=reason)
-
-
-def publish_joint(job: JointJob, model: JointModel, skipped: str | None) -> Artifact:
-    """Publish a classifier; ``skipped`` says why stage 3 was not trained, None that it was."""
-
-    def write(folder: Path) -> dict[str, Any]:
-        save_weights(model, folder / "joint.safetensors")
-        arch = joint_arch(job) if skipped is None else job.encoder.manifest["arch"]
-        return {"arch": arch, "num_clusters": job.num_clusters, "skipped": skipped}
-
-    return publish(job.root, JOINT, job.fingerprint, write)
 
 
 class TrainProgress:

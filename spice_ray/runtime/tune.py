@@ -27,8 +27,8 @@ from spice_ray.runtime.data import images_of
 from spice_ray.runtime.inference import final_loss, training_ids
 from spice_ray.runtime.pipeline import Pipeline
 from spice_ray.runtime.progress import Done, ProgressWriter, watched
-from spice_ray.runtime.train import Host, augmentation_of, publish_skipped, run_joint
 from spice_ray.runtime.weights import load_joint
+from spice_ray.runtime.workers import Host, augmentation_of, publish_skipped, run_joint
 from spice_ray.stages.assign import predict
 from spice_ray.storage import Artifact, open_artifact, read_json, write_json
 
