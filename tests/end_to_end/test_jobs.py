@@ -16,7 +16,13 @@ from tests.end_to_end.small_runs import NUM_IMAGES, Corpus
 
 REPOSITORY = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
-ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+ENVIRONMENT = {
+    **os.environ,
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # What a job calls python is the head's.
+    "PATH": f"{RAY.parent}:{os.environ['PATH']}",
+}
 
 
 def free_ports(count: int) -> list[int]:
@@ -65,7 +71,7 @@ def test_a_submitted_job_clusters_images(job_server: str, corpus: Corpus, recipe
     job = subprocess.run(
         [str(RAY), "job", "submit", "--address", job_server, "--working-dir", ".", "--", *entry],
         cwd=REPOSITORY,
-        env={**ENVIRONMENT, "PATH": f"{RAY.parent}:{os.environ['PATH']}"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=800,
