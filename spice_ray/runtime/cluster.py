@@ -20,6 +20,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+_ATTEMPTS = 2
 _SILENCE = {"RAY_BACKEND_LOG_LEVEL": "fatal", "PYTHONWARNINGS": "ignore"}
 
 
@@ -82,24 +83,40 @@ def _as_user_error(error: Exception) -> SpiceError:
 
 def _start(verbose: bool, environment: dict[str, str]) -> str:
     """Connect to the cluster that RAY_ADDRESS names, or start one here; gives a folder to remove afterwards."""
-    import ray
-
     # Sockets live below this folder, and their paths may have 107 characters.
     folder = tempfile.mkdtemp(prefix="spice-", dir="/tmp" if os.path.isdir("/tmp") else None)
     with _without_stderr(verbose):
         if "RAY_ADDRESS" in os.environ:
             _connect({name: os.environ[name] for name in environment if name not in _names_set_by_job()}, verbose)
             return folder
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home directory
-        ray.init(
-            address="local",
-            # One more than there are: Ray Data's reading tasks must find a place beside training workers on every CPU.
-            num_cpus=(os.cpu_count() or 1) + 1,
-            include_dashboard=False,
-            log_to_driver=verbose,
-            _temp_dir=folder,
-        )
+        _start_local(folder, verbose)
     return folder
+
+
+def _start_local(folder: str, verbose: bool) -> None:
+    """Start Ray here; a second time where its processes were too slow for it the first time."""
+    import ray
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home directory
+    for attempt in range(_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                # One more than there are: reading tasks must find a place beside training workers on every CPU.
+                num_cpus=(os.cpu_count() or 1) + 1,
+                include_dashboard=False,
+                log_to_driver=verbose,
+                _temp_dir=folder,
+            )
+            return
+        except Exception as error:  # a bare one is what Ray raises after 30 s of waiting for its own processes
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+            if attempt + 1 == _ATTEMPTS:
+                raise ResourceError(
+                    f"Ray did not start on this machine ({' '.join(str(error).split())}); if the machine is busy, run "
+                    "the same command again later"
+                ) from error
 
 
 def _connect(environment: dict[str, str], verbose: bool) -> None:
