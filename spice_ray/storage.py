@@ -139,7 +139,7 @@ def read_json(path: Path, remedy: str = "delete it and run again") -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise StorageError(f"{path} does not exist; is {path.parent} the folder of a run?") from None
     except (OSError, ValueError, RecursionError):
         raise StorageError(f"{path} cannot be read as JSON; {remedy}") from None

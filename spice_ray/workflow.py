@@ -90,6 +90,7 @@ def run(prepared: Prepared, reporter: Reporter, *, verbose: bool = False) -> Art
     Raises:
         SpiceError: The images do not fit the recipe, or a stage failed.
     """
+    reporter.note("starting Ray")
     with connected(prepared.recipe.scale, verbose=verbose):
         return _pipeline(prepared, reporter).finish()
 
@@ -196,7 +197,7 @@ def _ingest(
         )
     rejected = shards.manifest["num_rejects"]
     if rejected:
-        reporter.note(f"{rejected} files could not be read: {shards.path / 'rejects.parquet'} says why")
+        reporter.note(f"{rejected} files could not be read; rejects.parquet says why")
     return shards, labels
 
 

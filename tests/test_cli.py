@@ -108,7 +108,7 @@ REFUSED = {
     "K above the rows": (run_on("{here}/five.parquet"), "num_clusters=10 is more than the 5 images"),
     "K above the shards": (run_on("{here}/few"), "num_clusters=10 is more than the 9 images"),
     "K below 2": ([*RUN, "num_clusters=1"], "num_clusters=1 cannot be used: input should be greater"),
-    "batch above the images": (run_on("{here}/photos", "num_clusters=5"), "a batch of 128 images is more than the 5"),
+    "batch above the images": (run_on("{here}/photos", "num_clusters=5"), "batch_size=128 is more than the 5"),
     "queue of no whole batches": ([*RUN, "pretrain.queue_size=400"], "use pretrain.queue_size=384 or 512"),
     "large queue": ([*RUN, "pretrain.queue_size=512"], "more than a quarter of the 1797 images, so keys would meet"),
     # The recipe and its settings.

@@ -32,6 +32,7 @@ class HeadActor:
         self._device = torch.device("cuda" if scale.head_gpus else "cpu")
         self._writer = ProgressWriter(progress, writer)
         self._done, self._total = 0, num_heads * recipe.heads.epochs
+        self._writer.write(self._done, self._total)
 
     def train(
         self, bank: list["ray.ObjectRef[NDArray[np.float32]]"], index: int, train_ids: NDArray[np.int64]
