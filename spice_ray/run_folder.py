@@ -98,19 +98,29 @@ def claim(path: Path, recipe: Recipe, source: dict[str, str]) -> RunFolder:
     Raises:
         StorageError: The folder holds something else; nothing in it was touched.
     """
-    check_folder(path)
-    wanted = {"recipe": science(recipe), "source": source}
+    check_held(path, recipe, source)
     with reporting_disk_errors(path):
-        if (path / _RECORD).is_file():
-            _check_same(path, read_record(path), wanted)
-        else:
-            _check_empty(path)
+        if not (path / _RECORD).is_file():
             path.mkdir(parents=True, exist_ok=True)
-            write_json(path / _RECORD, wanted)
+            write_json(path / _RECORD, {"recipe": science(recipe), "source": source})
         _lock(path)
     run = RunFolder(path, path / "artifacts")
     clear_staging(run.artifacts)
     return run
+
+
+def check_held(path: Path, recipe: Recipe, source: dict[str, str]) -> None:
+    """Refuse a folder that holds something else than this run; nothing is touched.
+
+    Raises:
+        StorageError: Says what it holds.
+    """
+    check_folder(path)
+    with reporting_disk_errors(path):
+        if (path / _RECORD).is_file():
+            _check_same(path, read_record(path), {"recipe": science(recipe), "source": source})
+        else:
+            _check_empty(path)
 
 
 def _lock(path: Path) -> None:
@@ -184,12 +194,14 @@ def _check_same(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> Non
             "they changed since; choose another --out"
         )
     before, now = _flat(held["recipe"]), _flat(wanted["recipe"])
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise StorageError(
-                f"{path} holds another run's settings ({key} is {before.get(key)} there and {now.get(key)} here); "
-                "choose another --out, or use the same settings to go on"
-            )
+    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if differing:
+        key, *others = differing
+        more = f", and {len(others)} others differ" if others else ""
+        raise StorageError(
+            f"{path} holds another run's settings ({key} is {before.get(key)} there and {now.get(key)} here{more}); "
+            "choose another --out, or use the same settings to go on"
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from spice_ray.config import Recipe, Scale, Sweep, check_images
 from spice_ray.contracts import SHARDS
 from spice_ray.errors import DataError
 from spice_ray.recipe import check_trials, load_recipe
-from spice_ray.run_folder import RunFolder, check_folder, claim, read_record
+from spice_ray.run_folder import RunFolder, check_folder, check_held, claim, read_record
 from spice_ray.runtime.cluster import check_local_cpus, connected
 from spice_ray.runtime.progress import Done, Reporter
 from spice_ray.shards import check_shards, find_shards
@@ -60,14 +60,16 @@ def prepare(
     path, out = Path(os.path.abspath(data)), Path(os.path.abspath(out))
     if data != "digits" and _holds_shards(path):
         shards = _open_shards(path)[0]
-        check_shards(recipe, shards)
         identity = {"path": data, "digest": f"{shards.kind}-{shards.fingerprint}"}
+        check_held(out, recipe, identity)
+        check_shards(recipe, shards)
         return Prepared(claim(out, recipe, identity), recipe, None, path)
     source = open_source(data, labels_from_folders)
+    identity = {"path": data, "digest": f"{source.kind}-{source.listing_digest()}-{labels_from_folders}"}
+    check_held(out, recipe, identity)
     num_candidates = sum(chunk.num_rows for chunk in source.chunks(_ROWS_PER_CHUNK))
     # Some may be unreadable or of another split: the pipeline checks again when it knows.
     check_images(recipe, num_candidates, num_candidates)
-    identity = {"path": data, "digest": f"{source.kind}-{source.listing_digest()}-{labels_from_folders}"}
     return Prepared(claim(out, recipe, identity), recipe, source, None)
 
 

@@ -30,7 +30,13 @@ def under_way(run: Path, kind: str) -> bool:
 
 def start(recipe: Path, data: Path, run: Path) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "spice_ray", "run", str(recipe), "--data", str(data), "--out", str(run)]
-    return subprocess.Popen([*command, *SLOW_ENOUGH], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [*command, *SLOW_ENOUGH],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        # A test run in the background ignores Ctrl-C, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
