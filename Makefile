@@ -19,7 +19,7 @@ help:  ## Show this list
 setup:  ## Make the environment unless it is there
 	@if [ "$$(cat .venv/.ready 2>/dev/null)" != "$(STAMP)" ]; then $(MAKE) --no-print-directory .venv/.ready; fi
 
-demo: setup  ## Cluster handwritten digits from scratch, report in runs/demo
+demo: setup  ## Cluster handwritten digits from scratch, results in runs/demo
 	$(BIN)/spice-ray demo --out runs/demo
 
 test: setup  ## Run the tests
@@ -31,7 +31,7 @@ check: setup  ## Check format, style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-faults: setup  ## Run the tests that kill processes and fill disks
+faults: setup  ## Run the tests that kill the driver in every stage
 	$(BIN)/pytest -m faults
 
 lock: setup  ## Choose the versions of all dependencies anew
