@@ -154,6 +154,10 @@ class Scale(Settings):
     head_actors: PositiveInt | None = None
     """Actors that share the heads; none: one per head where the cluster has room, else one per free processor."""
     head_gpus: Annotated[float, Field(ge=0)] = 0
+    resident_memory: NonNegativeFloat | None = None
+    """GiB of images that a training worker may hold; it streams them where they are more. None: half of what is free."""
+    skip_damaged: bool = False
+    """Go on without the images of damaged shard files, the one setting here that may change a result."""
     checkpoint_seconds: PositiveFloat = 30
     max_failures: Annotated[int, Field(ge=0)] = 3
 

@@ -22,9 +22,10 @@ HEADS, RELIABLE, JOINT, ASSIGNMENTS = "heads", "reliable", "joint", "assignments
 #   sample_id  int64, 0..N-1
 #   source     string, where the image came from
 #   split      string: train, test or unlabeled
-#   image      fixed-size binary, 3*S*S bytes: uint8 RGB, channels first
-# manifest: num_images, image_size, splits {name: count}, files [{name, rows, splits {name: count}}], num_rejects,
-# digest; rejects.parquet beside the parts: source, reason.
+#   image      stored=pixels: fixed-size binary, 3*S*S bytes: uint8 RGB, channels first
+#              stored=encoded: binary, the file that was read, to be decoded
+# manifest: num_images, image_size, stored, splits {name: count}, files [{name, rows, splits {name: count}, crc32}],
+# num_rejects, digest; rejects.parquet beside the parts: source, reason.
 TRAIN_SPLITS = ("train", "unlabeled")
 
 
@@ -33,8 +34,12 @@ class ShardFile:
     """One file of image shards: ``rows`` images of which ``num_counted`` are what a stage may train on."""
 
     name: str
+    first_id: int
+    """Sample id of its first row; the others count up from it."""
     rows: int
     num_counted: int
+    crc32: int
+    """Checksum of the file's bytes."""
 
 
 class Batch(NamedTuple):

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from spice_ray.contracts import EMBEDDING, HEADS, LABELS, SHARDS, TRAIN_SPLITS
+from spice_ray.contracts import EMBEDDING, HEADS, LABELS, SHARDS, TRAIN_SPLITS, ShardFile
 from spice_ray.errors import DataError, StorageError
+from spice_ray.readers.parts import PartFormat, images_of, read_part
 from spice_ray.run_folder import read_finished
 from spice_ray.storage import Artifact, open_artifact, read_json, write_json
 
@@ -133,7 +134,7 @@ def evaluate(run: Path) -> dict[str, Any]:
         )
     images = _read_images(run, record)
     recipe = record["recipe"]
-    scored = (images.labels_true != _UNLABELLED) & _in_splits(images, recipe["protocol"], ("test",))
+    scored = _labelled(images) & _in_splits(images, recipe["protocol"], ("test",))
     if not scored.any():
         raise DataError(
             f"no image of {run} that protocol={recipe['protocol']} scores has a label, so there is nothing to score; "
@@ -155,7 +156,7 @@ class _Images:
     """One entry per image, in sample_id order."""
 
     split: NDArray[np.str_]
-    clusters: Ints
+    clusters: Ints  # -1: not read, its shard file is damaged
     head_clusters: Ints
     reliable: NDArray[np.bool_]
     labels_true: Ints  # -1: not labelled
@@ -168,6 +169,11 @@ def _counts(labels_true: Ints, labels_pred: Ints) -> Ints:
         shapes = f"{np.shape(labels_true)} and {np.shape(labels_pred)}"
         raise ValueError(f"classes and clusters have shapes {shapes}; give both for the same images, at least one")
     return np.asarray(contingency_matrix(labels_true, labels_pred), np.int64)
+
+
+def _labelled(images: _Images) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = (images.labels_true != _UNLABELLED) & (images.clusters >= 0)
+    return found
 
 
 def _in_splits(images: _Images, protocol: str, splits: tuple[str, ...]) -> NDArray[np.bool_]:
@@ -200,7 +206,7 @@ def _baseline(read: Callable[[], Floats], n: int, width: int, recipe: dict[str, 
 
 
 def _score_reliable(images: _Images, protocol: str) -> dict[str, Any]:
-    candidates = (images.labels_true != _UNLABELLED) & _in_splits(images, protocol, TRAIN_SPLITS)
+    candidates = _labelled(images) & _in_splits(images, protocol, TRAIN_SPLITS)
     chosen = candidates & images.reliable
     count = int(chosen.sum())
     return {
@@ -220,19 +226,30 @@ def _open(run: Path, record: dict[str, Any], kind: str) -> Artifact:
 
 
 def _read_images(run: Path, record: dict[str, Any]) -> _Images:
-    file = run / "assignments.parquet"
+    file, shards = run / "assignments.parquet", _open(run, record, SHARDS)
+    num_images = int(shards.manifest["num_images"])
     with _reading(file, file):
-        table = pq.read_table(file, columns=["sample_id", "split", "cluster", "reliable"]).sort_by("sample_id")
-    num_images = len(table)
-    if not np.array_equal(table["sample_id"].to_numpy(), np.arange(num_images)):
+        table = pq.read_table(file, columns=["sample_id", "split", "cluster", "reliable"])
+    ids = table["sample_id"].to_numpy()
+    if not np.array_equal(np.sort(ids), _readable_ids(shards, record.get("damaged", []))):
         raise StorageError(f"{file} does not list every image once; {_again(file)}")
-    return _Images(
-        split=np.asarray(table["split"].to_pylist(), np.str_),
-        clusters=table["cluster"].to_numpy().astype(np.int64),
+    images = _Images(
+        split=np.full(num_images, "", "<U16"),
+        clusters=np.full(num_images, -1),
         head_clusters=_load(_open(run, record, HEADS), "assignments.npy", num_images).astype(np.int64),
-        reliable=np.asarray([value is True for value in table["reliable"].to_pylist()]),
+        reliable=np.zeros(num_images, np.bool_),
         labels_true=_read_labels(_open(run, record, LABELS), num_images),
     )
+    images.split[ids] = table["split"].to_pylist()
+    images.clusters[ids] = table["cluster"].to_numpy()
+    images.reliable[ids] = [value is True for value in table["reliable"].to_pylist()]
+    return images
+
+
+def _readable_ids(shards: Artifact, damaged: list[str]) -> Ints:
+    """Sample ids of all files but the damaged ones, which the run left out."""
+    left_out = [[part["name"] in damaged] * part["rows"] for part in shards.manifest["files"]]
+    return np.flatnonzero(~np.concatenate([np.asarray(part, np.bool_) for part in left_out]))
 
 
 def _read_labels(artifact: Artifact, num_images: int) -> Ints:
@@ -255,24 +272,15 @@ def _num_pixels(shards: Artifact) -> int:
 def _read_pixels(shards: Artifact, ids: Ints) -> Floats:
     """Pixels of the images ``ids``, which rise, in [0, 1], float32, (n, 3*S*S)."""
     pixels = np.empty((len(ids), _num_pixels(shards)), np.float32)
-    first = 0
-    for images in _image_batches(shards):
-        rows = slice(*np.searchsorted(ids, [first, first + len(images)]))
-        np.divide(images[ids[rows] - first], 255, out=pixels[rows])
-        first += len(images)
-    return pixels
-
-
-def _image_batches(shards: Artifact) -> Iterator[NDArray[np.uint8]]:
-    """The images of the shards in sample_id order, uint8, (some, 3*S*S)."""
-    width = _num_pixels(shards)
+    format_, first = PartFormat(shards.manifest["image_size"], shards.manifest["stored"]), 0
     for part in shards.manifest["files"]:
-        file = shards.file(part["name"])
-        with _reading(file, shards.path):
-            for batch in pq.ParquetFile(file).iter_batches(1024, columns=["image"]):
-                column = batch.column(0)
-                values = np.frombuffer(column.buffers()[1], np.uint8)
-                yield values[column.offset * width : (column.offset + len(column)) * width].reshape(-1, width)
+        file = ShardFile(part["name"], first, part["rows"], part["rows"], part["crc32"])
+        rows = slice(*np.searchsorted(ids, [first, first + file.rows]))
+        if rows.stop > rows.start:
+            images = images_of(read_part(shards.path, file, format_), format_.image_size)
+            np.divide(images.reshape(len(images), -1)[ids[rows] - first], 255, out=pixels[rows])
+        first += file.rows
+    return pixels
 
 
 def _load(artifact: Artifact, name: str, num_images: int) -> NDArray[Any]:

@@ -103,7 +103,7 @@ def claim(path: Path, recipe: Recipe, source: dict[str, str]) -> RunFolder:
         if not (path / _RECORD).is_file():
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / _RECORD, {"recipe": science(recipe), "source": source})
-        _lock(path)
+        lock(path)
     run = RunFolder(path, path / "artifacts")
     clear_staging(run.artifacts)
     return run
@@ -123,8 +123,12 @@ def check_held(path: Path, recipe: Recipe, source: dict[str, str]) -> None:
             _check_empty(path)
 
 
-def _lock(path: Path) -> None:
-    """Keep other processes out of the folder for as long as this one lives: two would clear each other's work."""
+def lock(path: Path) -> None:
+    """Keep other processes out of the folder for as long as this one lives: two would clear each other's work.
+
+    Raises:
+        StorageError: Another process is in it.
+    """
     if path.resolve() in _LOCKS:
         return
     file = (path / ".lock").open("w")

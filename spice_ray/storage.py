@@ -146,10 +146,11 @@ def read_json(path: Path, remedy: str = "delete it and run again") -> Any:
 
 
 def clear_staging(root: Path) -> None:
-    """Remove what a killed run left half-written."""
+    """Remove what a killed run left half-written; what an ingest has done is kept, for it goes on from there."""
     if root.is_dir():
         for folder in root.glob(".*-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.name.startswith(".ingest-"):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

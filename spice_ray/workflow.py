@@ -10,19 +10,17 @@ from spice_ray.config import Recipe, Scale, Sweep, check_images
 from spice_ray.contracts import SHARDS
 from spice_ray.errors import DataError
 from spice_ray.recipe import check_trials, load_recipe
-from spice_ray.run_folder import RunFolder, check_folder, check_held, claim, read_record
+from spice_ray.run_folder import RunFolder, check_folder, check_held, claim, lock, read_record
 from spice_ray.runtime.cluster import check_local_cpus, connected
-from spice_ray.runtime.progress import Done, Reporter
+from spice_ray.runtime.progress import Reporter
 from spice_ray.shards import check_shards, find_shards
-from spice_ray.storage import Artifact
+from spice_ray.storage import Artifact, reporting_disk_errors
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from spice_ray.readers.source import Source
     from spice_ray.runtime.pipeline import Pipeline
-
-_ROWS_PER_CHUNK = 10_000
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,14 @@ def prepare(
         check_shards(recipe, shards)
         return Prepared(claim(out, recipe, identity), recipe, None, path)
     source = open_source(data, labels_from_folders)
-    identity = {"path": data, "digest": f"{source.kind}-{source.listing_digest()}-{labels_from_folders}"}
+    identity = {"path": data, "digest": f"{source.kind}-{source.listing_digest()}"}
     check_held(out, recipe, identity)
-    num_candidates = sum(chunk.num_rows for chunk in source.chunks(_ROWS_PER_CHUNK))
+    from spice_ray.readers.rows import count_rows
+
+    num_candidates = count_rows(source)
     # Some may be unreadable or of another split: the pipeline checks again when it knows.
-    check_images(recipe, num_candidates, num_candidates)
+    if num_candidates is not None:
+        check_images(recipe, num_candidates, num_candidates)
     return Prepared(claim(out, recipe, identity), recipe, source, None)
 
 
@@ -120,6 +121,9 @@ def ingest(
         SpiceError: The source or the folder cannot be used.
     """
     check_folder(out)
+    with reporting_disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock(out)
     with connected(Scale(), verbose=verbose):
         return _ingest(source, out, image_size, seed, reporter)[0]
 
@@ -173,14 +177,16 @@ def _shards(prepared: Prepared, reporter: Reporter) -> tuple[Artifact, Artifact 
         assert prepared.shards_path is not None
         return _open_shards(prepared.shards_path)
     run, recipe = prepared.run, prepared.recipe
-    found = find_shards(run.artifacts) if "ingested" in read_record(run.path) else None
-    if found is not None:
+    record = read_record(run.path)
+    found = find_shards(run.artifacts) if "ingested" in record else None
+    # Labels can be asked for later: the images are read again, and the shards are the same.
+    if found is not None and record.get("labels_read", False) >= prepared.source.labels_known:
         return found
     from spice_ray.runtime.pipeline import timed
 
     with timed(run, "ingest"):
         found = _ingest(prepared.source, run.artifacts, recipe.image.size, recipe.seed, reporter)
-    run.record(ingested=found[0].fingerprint)
+    run.record(ingested=found[0].fingerprint, labels_read=prepared.source.labels_known)
     return found
 
 
@@ -189,14 +195,7 @@ def _ingest(
 ) -> tuple[Artifact, Artifact | None]:
     from spice_ray.runtime.ingest import ingest as ingest_source
 
-    with reporter.stage("ingest", "images") as show:
-        shards, labels = ingest_source(
-            source,
-            root,
-            image_size=image_size,
-            seed=seed,
-            progress=lambda done, total: show(Done(done, total, None)),
-        )
+    shards, labels = ingest_source(source, root, image_size=image_size, seed=seed, reporter=reporter)
     rejected = shards.manifest["num_rejects"]
     if rejected:
         reporter.note(f"{rejected} files could not be read; rejects.parquet says why")

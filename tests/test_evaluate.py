@@ -14,6 +14,7 @@ import pytest
 
 from spice_ray.errors import DataError, StorageError
 from spice_ray.evaluate import clustering_accuracy, evaluate, kmeans_labels, many_to_one_accuracy, scores
+from spice_ray.readers.parts import write_part
 from spice_ray.storage import publish, write_json
 
 NUM_IMAGES, SIZE = 40, 8
@@ -71,10 +72,16 @@ def write_shards(to: Path, splits: list[str]) -> dict[str, Any]:
     column = pa.array([row.astype(np.uint8).tobytes() for row in images], pa.binary(3 * SIZE**2))
     table = pa.table({"sample_id": np.arange(NUM_IMAGES), "split": splits, "image": column})
     bounds = {"part-00000.parquet": (0, 27), "part-00001.parquet": (27, 27), "part-00002.parquet": (27, NUM_IMAGES)}
-    for name, (first, last) in bounds.items():
-        pq.write_table(table.slice(first, last - first), to / name)
-    files = [{"name": name, "rows": last - first, "splits": {}} for name, (first, last) in bounds.items()]
-    return {"num_images": NUM_IMAGES, "image_size": SIZE, "files": files}
+    files = [
+        {
+            "name": name,
+            "rows": last - first,
+            "splits": {},
+            "crc32": write_part(to / name, table.slice(first, last - first)),
+        }
+        for name, (first, last) in bounds.items()
+    ]
+    return {"num_images": NUM_IMAGES, "image_size": SIZE, "stored": "pixels", "files": files}
 
 
 def write_labels(to: Path, classes: list[int | None]) -> dict[str, Any]:

@@ -1,21 +1,24 @@
-"""Lanes: the counted order in which a training loop meets its images.
+"""Lanes: the counted order in which a training loop meets its images, resident or streamed.
 
 A global batch is B / G rows of each of G lanes. A lane reads its own files pass after pass, in an order that follows
-from (seed, stream, pass, lane). Any step can be asked for at any time, so resuming costs nothing.
+from (seed, stream, pass, lane). A ``Stream`` says which rows come at which turn; ``ResidentLanes`` gathers them from
+memory and ``StreamedLanes`` (streaming.py) from files as they are read, and both give the same batches.
 """
 
-from typing import Protocol
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spice_ray.contracts import Batch
-from spice_ray.core.order import integers, lane_order, stream_key
+from spice_ray.contracts import Batch, ShardFile
+from spice_ray.core.order import Pick, lane_order, permutation, stream_key
 
-SHUFFLE_WINDOW = 65_536
-"""Rows shuffled together within a lane; larger than most lanes, and small enough for a reader that streams to hold."""
+_WINDOW_ROWS = 8192
+_WINDOW_BYTES = 128 << 20
 
 
 class Lanes(Protocol):
@@ -29,98 +32,115 @@ class Lanes(Protocol):
         ...
 
 
-class LaneImages:
-    """The images of the lanes that one worker serves, resident on its device."""
+@dataclass(frozen=True)
+class Stream:
+    """Which rows come at which turn of a lane; part of the science, so it never depends on how they are fed."""
 
-    def __init__(
-        self, images: Tensor, sample_ids: Tensor, lane_ids: list[int], rows_per_file: list[list[int]], total_lanes: int
-    ) -> None:
-        """Take hold of resident images.
+    key: int
+    """Names seed and stream."""
+    rows_per_lane: int
+    """b = B / G: rows of each lane in a batch."""
+    window: int
+    """Rows that are shuffled together."""
+    pick: Pick = permutation
+    """``permutation``: every row once per pass; ``with_replacement``: as many draws."""
+    chosen: Tensor | None = None
+    """Which samples come at all, bool, by sample id, (N,); None: all that count."""
 
-        Args:
-            images: uint8, (n, 3, S, S), lane after lane and file after file.
-            sample_ids: int64, (n,).
-            lane_ids: The lanes served, consecutive numbers of 0..G-1.
-            rows_per_file: For each of them, the rows of each of its files.
-            total_lanes: G.
-        """
-        self.images = images
-        self.sample_ids = sample_ids
-        self.lane_ids = lane_ids
-        self.rows_per_file = rows_per_file
-        self.total_lanes = total_lanes
-        self.starts = np.concatenate([[0], np.cumsum([sum(rows) for rows in rows_per_file])])
+    def lane_key(self, lane: int) -> int:
+        """The key of lane ``lane`` of all G."""
+        return stream_key(self.key, "lane", lane)
 
 
-class ShuffledLanes:
-    """Every image once per pass, in shuffled order."""
+@dataclass(frozen=True)
+class ServedLanes:
+    """The lanes that one worker serves, and the files that they own."""
 
-    def __init__(self, images: LaneImages, *, rows_per_lane: int, key: int, window: int = SHUFFLE_WINDOW) -> None:
-        """Read ``rows_per_lane`` (B / G) rows of each lane per batch; ``key`` names seed and stream."""
-        self.num_lanes = len(images.lane_ids)
-        self._images = images
-        self._rows_per_lane = rows_per_lane
-        self._keys = [stream_key(key, "lane", lane) for lane in images.lane_ids]
-        self._window = window
+    lane_ids: list[int]
+    """Consecutive numbers of 0..G-1."""
+    total_lanes: int
+    """G."""
+    files: list[list[ShardFile]]
+    """Of each served lane."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that count."""
+        return sum(file.num_counted for files in self.files for file in files)
+
+    def draws(self, turns: NDArray[np.int64]) -> Tensor:
+        """Global positions in the stream of each lane's ``turns``, int64, (len(turns), L)."""
+        return torch.from_numpy(turns)[:, None] * self.total_lanes + torch.tensor(self.lane_ids)[None, :]
+
+
+class Rows(NamedTuple):
+    """Images in memory: uint8 (n, 3, S, S), and their sample ids, int64 (n,)."""
+
+    images: Tensor
+    sample_ids: Tensor
+
+
+def serve(files: list[ShardFile], lane_ids: list[int], total_lanes: int) -> ServedLanes:
+    """Deal the files out: lane g owns files g, g + G, ..."""
+    return ServedLanes(lane_ids, total_lanes, [files[lane::total_lanes] for lane in lane_ids])
+
+
+def shuffle_window(image_size: int) -> int:
+    """Rows of S x S pixels that are shuffled together: 8192, and fewer where they would take over 128 MB."""
+    return max(1, min(_WINDOW_ROWS, _WINDOW_BYTES // (3 * image_size**2)))
+
+
+class ResidentLanes:
+    """Batches gathered from images that are all in memory; any step can be asked for at any time."""
+
+    def __init__(self, lanes: ServedLanes, rows: Rows, stream: Stream, device: torch.device) -> None:
+        """Take hold of the images of all served lanes, lane after lane and file after file, and serve ``device``."""
+        self.num_lanes = len(lanes.lane_ids)
+        self._lanes = lanes
+        self._rows = rows
+        self._stream = stream
+        self._device = device
+        self._keys = [stream.lane_key(lane) for lane in lanes.lane_ids]
+        self._candidates, self._rows_per_file = _candidates(lanes, rows, stream.chosen)
         self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
 
     def batch(self, step: int) -> Batch:
         """This worker's rows of global batch ``step``, (b * L) of them."""
-        turns = np.arange(step * self._rows_per_lane, (step + 1) * self._rows_per_lane)
-        rows = np.stack([self._rows(lane, turns) for lane in range(self.num_lanes)], axis=1)
-        return _batch(self._images, torch.from_numpy(rows), _draws(self._images, turns))
+        turns = np.arange(step * self._stream.rows_per_lane, (step + 1) * self._stream.rows_per_lane)
+        positions = np.stack([self._positions(lane, turns) for lane in range(self.num_lanes)], axis=1)
+        chosen = torch.from_numpy(positions).flatten().to(self._rows.images.device, non_blocking=True)
+        found = (self._rows.images[chosen], self._rows.sample_ids[chosen], self._lanes.draws(turns).flatten())
+        return Batch(*(values.to(self._device, non_blocking=True) for values in found))
 
-    def _rows(self, lane: int, turns: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _positions(self, lane: int, turns: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions among the resident images of a lane's turns; a turn past the lane's end opens its next pass."""
-        size = int(self._images.starts[lane + 1] - self._images.starts[lane])
+        size = len(self._candidates[lane])
         passes = turns // size
-        rows = np.empty_like(turns)
+        positions = np.empty_like(turns)
         for pass_index in range(int(passes[0]), int(passes[-1]) + 1):
-            chosen = passes == pass_index
-            rows[chosen] = self._order(lane, pass_index)[turns[chosen] % size]
-        return rows + int(self._images.starts[lane])
+            now = passes == pass_index
+            positions[now] = self._candidates[lane][self._order(lane, pass_index)[turns[now] % size]]
+        return positions
 
     def _order(self, lane: int, pass_index: int) -> NDArray[np.int64]:
         cached = self._orders.get(lane)
         if cached is None or cached[0] != pass_index:
-            rows_per_file = self._images.rows_per_file[lane]
-            cached = (pass_index, lane_order(self._keys[lane], pass_index, rows_per_file, self._window))
+            stream = self._stream
+            order = lane_order(self._keys[lane], pass_index, self._rows_per_file[lane], stream.window, stream.pick)
+            cached = (pass_index, order)
             self._orders[lane] = cached
         return cached[1]
 
 
-class DrawnLanes:
-    """Chosen images, drawn with replacement."""
-
-    def __init__(self, images: LaneImages, chosen: Tensor, *, rows_per_lane: int, key: int) -> None:
-        """Draw from the samples with ``chosen`` (bool, (N,), by sample id); every lane needs at least one."""
-        self.num_lanes = len(images.lane_ids)
-        self._images = images
-        self._rows_per_lane = rows_per_lane
-        self._key = stream_key(key, "drawn")
-        resident = chosen[images.sample_ids.cpu()]
-        self._candidates = [
-            torch.nonzero(resident[start:stop]).flatten() + int(start)
-            for start, stop in zip(images.starts[:-1], images.starts[1:], strict=True)
-        ]
-
-    def batch(self, step: int) -> Batch:
-        """This worker's rows of global batch ``step``, (b * L) of them."""
-        turns = np.arange(step * self._rows_per_lane, (step + 1) * self._rows_per_lane)
-        draws = _draws(self._images, turns)
-        rows = [
-            candidates[integers(self._key, draws[:, lane], len(candidates))]
-            for lane, candidates in enumerate(self._candidates)
-        ]
-        return _batch(self._images, torch.stack(rows, dim=1), draws)
-
-
-def _draws(images: LaneImages, turns: NDArray[np.int64]) -> Tensor:
-    """Global positions in the stream of each lane's turns, int64, (b, L)."""
-    return torch.from_numpy(turns)[:, None] * images.total_lanes + torch.tensor(images.lane_ids)[None, :]
-
-
-def _batch(images: LaneImages, rows: Tensor, draws: Tensor) -> Batch:
-    device = images.images.device
-    rows = rows.flatten().to(device, non_blocking=True)
-    return Batch(images.images[rows], images.sample_ids[rows], draws.flatten().to(device, non_blocking=True))
+def _candidates(
+    lanes: ServedLanes, rows: Rows, chosen: Tensor | None
+) -> tuple[list[NDArray[np.int64]], list[list[int]]]:
+    """For each lane, where its rows stand among the resident ones, and how many of them each of its files has."""
+    taken = torch.ones(len(rows.images), dtype=torch.bool) if chosen is None else chosen[rows.sample_ids.cpu()]
+    candidates, rows_per_file, start = list[NDArray[np.int64]](), list[list[int]](), 0
+    for files in lanes.files:
+        ends = start + np.cumsum([0, *(file.num_counted for file in files)])
+        rows_per_file.append([int(taken[a:b].sum()) for a, b in itertools.pairwise(ends)])
+        candidates.append(start + torch.nonzero(taken[start : ends[-1]]).flatten().numpy())
+        start = int(ends[-1])
+    return candidates, rows_per_file

@@ -7,7 +7,7 @@ history, so 1, 2 and 4 workers, accumulated steps and a resumed run compute one 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,6 +19,9 @@ _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _UINT64 = (1 << 64) - 1
+
+Pick = Callable[[int, int], NDArray[np.int64]]
+"""From a key and a size n to n positions in range(n)."""
 
 
 def _signed(value: int) -> int:
@@ -83,7 +86,24 @@ def permutation(key: int, size: int) -> NDArray[np.int64]:
     return np.argsort(bits.numpy(), kind="stable").astype(np.int64)
 
 
-def lane_order(key: int, pass_index: int, rows_per_file: list[int], window: int) -> NDArray[np.int64]:
+def with_replacement(key: int, size: int) -> NDArray[np.int64]:
+    """``size`` independent draws from ``range(size)`` that depend on ``key`` alone."""
+    return integers(key, torch.arange(size), size).numpy()
+
+
+def file_order(key: int, pass_index: int, num_files: int) -> NDArray[np.int64]:
+    """The order in which one pass of a lane reads its files; ``key`` names seed, stream and lane."""
+    return permutation(stream_key(key, "files", pass_index), num_files)
+
+
+def window_order(key: int, pass_index: int, start: int, size: int, pick: Pick) -> NDArray[np.int64]:
+    """Which rows of the window that begins at row ``start`` of a pass come at its turns, positions in the window."""
+    return pick(stream_key(key, "rows", pass_index, start), size)
+
+
+def lane_order(
+    key: int, pass_index: int, rows_per_file: list[int], window: int, pick: Pick = permutation
+) -> NDArray[np.int64]:
     """The order in which one pass reads the rows of a lane.
 
     Files come in a permuted order and rows are shuffled inside windows of ``window`` consecutive rows of that order, so
@@ -94,17 +114,16 @@ def lane_order(key: int, pass_index: int, rows_per_file: list[int], window: int)
         pass_index: How often the lane was read before.
         rows_per_file: Rows of each of the lane's files.
         window: Rows per shuffle window, > 0.
+        pick: ``permutation`` reads every row once, ``with_replacement`` draws as many from each window.
 
     Returns:
-        Positions in the concatenation of the lane's files, a permutation, int64, (sum of rows_per_file,).
+        Positions in the concatenation of the lane's files, int64, (sum of rows_per_file,).
     """
     starts = np.concatenate([[0], np.cumsum(rows_per_file)])
-    files = permutation(stream_key(key, "files", pass_index), len(rows_per_file))
+    files = file_order(key, pass_index, len(rows_per_file))
     rows = np.concatenate([np.arange(starts[f], starts[f + 1]) for f in files] + [np.empty(0, np.int64)])
     windows = [
-        rows[start : start + window][
-            permutation(stream_key(key, "rows", pass_index, start), min(window, len(rows) - start))
-        ]
+        rows[start : start + window][window_order(key, pass_index, start, min(window, len(rows) - start), pick)]
         for start in range(0, len(rows), window)
     ]
     return np.concatenate([*windows, np.empty(0, np.int64)]).astype(np.int64)

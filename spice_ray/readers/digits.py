@@ -47,6 +47,10 @@ class DigitsSource:
         """32 hex digits; the digits never change."""
         return hashlib.blake2b(f"digits {NUM_DIGITS}".encode(), digest_size=16).hexdigest()
 
+    def encoded_bytes(self) -> int | None:
+        """None: the digits are pixels, nothing is encoded."""
+        return None
+
     def chunks(self, rows_per_chunk: int) -> list[Chunk]:
         """The digits in chunks of at most ``rows_per_chunk``."""
         starts = range(0, NUM_DIGITS, rows_per_chunk)

@@ -1,10 +1,11 @@
-"""A folder of image files, nested as deep as one likes."""
+"""A folder of image files, nested as deep as one likes, local or on a server."""
 
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -12,12 +13,22 @@ from typing import NamedTuple
 from PIL import Image
 
 from spice_ray.errors import DataError
-from spice_ray.readers.records import TEST, TRAIN, UNLABELED, Chunk, Record, Unreadable
+from spice_ray.readers.files import is_hidden, list_remote, read_files, stamp
+from spice_ray.readers.places import Place, place_of, printable
+from spice_ray.readers.records import SPLIT_FOLDERS, TRAIN, Chunk, Record, split_of_folder
 
-# More than the largest image that is decoded takes uncompressed; a sparse or mislabelled giant must not fill memory.
-MAX_FILE_BYTES = 1 << 30
-_SPLIT_FOLDERS = {"train": TRAIN, "test": TEST, "val": TEST, "unlabeled": UNLABELED}
 _log = logging.getLogger(__name__)
+
+
+class Entry(NamedTuple):
+    """A file of a folder that is not hidden, or a link to another folder."""
+
+    name: str
+    """Relative to the folder."""
+    kind: str
+    """image, other or link."""
+    size: int | None
+    mtime_ns: int | None
 
 
 class Listing(NamedTuple):
@@ -26,6 +37,10 @@ class Listing(NamedTuple):
     names: tuple[str, ...]
     num_others: int
     num_linked_folders: int
+    digest: str
+    """Over names, sizes and modification times of the images."""
+    num_bytes: int | None
+    """The images' sizes together; None where one is not known."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,7 @@ class FolderChunk:
     """Some files of a folder."""
 
     root: str
+    """Path or URL."""
     names: tuple[str, ...]
     label_from_folder: bool
 
@@ -43,35 +59,51 @@ class FolderChunk:
 
     def read(self) -> Iterator[Record]:
         """The bytes of each file; a file that is gone or may not be read carries the reason."""
-        for name in self.names:
-            label = _label(name) if self.label_from_folder else None
-            yield Record(_printable(name), _split(name), label, _read(os.path.join(self.root, name)))
+        root = place_of(self.root)
+        contents = read_files([root / name for name in self.names])
+        for name, data in zip(self.names, contents, strict=True):
+            shown = printable(name)
+            label = _label(shown) if self.label_from_folder else None
+            yield Record(shown, split_of_folder(shown) or TRAIN, label, data)
 
 
 @dataclass(frozen=True)
 class FolderSource:
     """An image folder; a first-level folder named train, test, val or unlabeled is a split, all else is train."""
 
-    root: Path
+    root: str
+    """Path or URL."""
     labels_known: bool
+    entries: tuple[Entry, ...] | None = field(default=None, repr=False)
+    """What is in the folder, where that is known already; a server is not asked twice."""
     kind: str = "folder"
 
     @cached_property
     def listing(self) -> Listing:
         """All image files, found once."""
-        listing = list_images(self.root)
+        root = place_of(self.root)
+        listing = _listing(walk(root) if self.entries is None else self.entries)
         if listing.num_others:
-            _log.info("%s: %d files were ignored, their names are not those of images", self.root, listing.num_others)
+            _log.info("%s: %d files were ignored, their names are not those of images", root, listing.num_others)
         if listing.num_linked_folders:
-            _log.info("%s: %d linked folders were not followed", self.root, listing.num_linked_folders)
+            _log.info("%s: %d linked folders were not followed", root, listing.num_linked_folders)
         return listing
 
     def listing_digest(self) -> str:
-        """32 hex digits over the names, sizes and modification times of the image files."""
-        digest = hashlib.blake2b(f"{self.kind} {self.labels_known}".encode(), digest_size=16)
-        for name in self.listing.names:
-            digest.update(file_stamp(self.root, name))
-        return digest.hexdigest()
+        """32 hex digits over the names, sizes and modification times of the image files.
+
+        Raises:
+            DataError: A folder cannot be listed.
+        """
+        return self.listing.digest
+
+    def encoded_bytes(self) -> int | None:
+        """The sizes of all image files together; None where one of them cannot be found.
+
+        Raises:
+            DataError: A folder cannot be listed.
+        """
+        return self.listing.num_bytes
 
     def chunks(self, rows_per_chunk: int) -> list[Chunk]:
         """The image files in chunks of at most ``rows_per_chunk``.
@@ -81,75 +113,107 @@ class FolderSource:
         """
         names = self.listing.names
         return [
-            FolderChunk(str(self.root), names[start : start + rows_per_chunk], self.labels_known)
+            FolderChunk(self.root, names[start : start + rows_per_chunk], self.labels_known)
             for start in range(0, len(names), rows_per_chunk)
         ]
 
 
-def has_images(root: Path) -> bool:
-    """Whether there is an image file anywhere in the folder; stops at the first."""
-    return any(kind == "image" for kind, _ in _walk(root))
-
-
-def list_images(root: Path) -> Listing:
-    """All image files of a folder, and the number of everything else that is not hidden.
+def walk(root: Place) -> Iterator[Entry]:
+    """Every file under ``root`` that is not hidden, in no order.
 
     Raises:
         DataError: A folder cannot be listed.
     """
-    counts = {"other": 0, "link": 0}
-    names: list[str] = []
-    for kind, name in _walk(root):
-        if kind == "image":
-            names.append(name)
-        else:
-            counts[kind] += 1
-    return Listing(tuple(sorted(names, key=os.fsencode)), counts["other"], counts["link"])
+    if not root.server:
+        yield from _walk_local(root.path)
+        return
+    for file in list_remote(root):
+        if not is_hidden(file.name):
+            yield Entry(file.name, "image" if has_image_name(file.name) else "other", file.size, file.mtime_ns)
+
+
+def list_images(root: Path) -> Listing:
+    """All image files of a local folder, and the number of everything else that is not hidden.
+
+    Raises:
+        DataError: A folder cannot be listed.
+    """
+    return _listing(_walk_local(str(root)))
 
 
 def file_stamp(root: Path, name: str) -> bytes:
-    """Name, size and modification time of a file, for a listing digest; a file that is gone keeps its name."""
-    encoded = os.fsencode(name)
+    """Name, size and modification time of a local file, for a listing digest; a file that is gone keeps its name."""
     try:
-        stat = os.stat(root / name)
-    except OSError:
+        info = os.stat(os.path.join(root, name))
+    except (OSError, ValueError):
         # Reading it will list it as a reject; the digest must only differ from that of the whole file.
-        return encoded + b"\0gone\0"
-    return encoded + f"\0{stat.st_size} {stat.st_mtime_ns}\0".encode()
+        return stamp(name, None, None)
+    return stamp(name, info.st_size, info.st_mtime_ns)
 
 
-def _walk(root: Path) -> Iterator[tuple[str, str]]:
-    """Every visible entry under ``root`` as (image, other or link; name relative to ``root``)."""
+def has_image_name(name: str) -> bool:
+    """Whether the extension is one of a format that Pillow reads."""
+    return os.path.splitext(name)[1].lower() in _extensions()
+
+
+def _listing(entries: Iterable[Entry]) -> Listing:
+    # The stamps begin with the names and hold no zero byte before its end: they sort as the names do.
+    stamps, sizes, num_others, num_links = list[bytes](), list[int | None](), 0, 0
+    for name, kind, size, mtime_ns in entries:
+        if kind == "image":
+            stamps.append(stamp(name, size, mtime_ns))
+            sizes.append(size)
+        else:
+            num_others += kind == "other"
+            num_links += kind == "link"
+    stamps.sort()
+    digest = hashlib.blake2b(b"folder", digest_size=16)
+    for line in stamps:
+        digest.update(line)
+    names = tuple(os.fsdecode(line.partition(b"\0")[0]) for line in stamps)
+    known = [size for size in sizes if size is not None]
+    return Listing(names, num_others, num_links, digest.hexdigest(), sum(known) if len(known) == len(sizes) else None)
+
+
+def _walk_local(root: str) -> Iterator[Entry]:
     pending = [""]
     while pending:
         folder = pending.pop()
         for entry in _entries(root, folder):
-            name = os.path.join(folder, entry.name)
+            name = f"{folder}{entry.name}"
             if entry.is_dir(follow_symlinks=False):
-                pending.append(name)
-            elif entry.is_symlink() and os.path.isdir(entry.path):
-                # A link may lead back up: following it might never end.
-                yield "link", name
+                pending.append(name + os.sep)
             else:
-                yield ("image" if _is_candidate(entry) else "other"), name
+                yield _described(entry, name)
 
 
-def _entries(root: Path, folder: str) -> list[os.DirEntry[str]]:
+def _entries(root: str, folder: str) -> list[os.DirEntry[str]]:
+    path = os.path.join(root, folder)
     try:
-        with os.scandir(root / folder) as entries:
+        with os.scandir(path) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         raise DataError(
-            f"the folder {_printable(str(root / folder))} cannot be listed ({error.strerror}); "
+            f"the folder {printable(path.rstrip(os.sep))} cannot be listed ({error.strerror}); "
             "make it readable or move it out of the source"
         ) from None
 
 
-def _is_candidate(entry: os.DirEntry[str]) -> bool:
-    if os.path.splitext(entry.name)[1].lower() not in _extensions():
-        return False
-    # A broken link counts, so that it is listed as a reject; a pipe or a device does not: reading it could hang.
-    return os.path.isfile(entry.path) or (entry.is_symlink() and not os.path.exists(entry.path))
+def _described(entry: os.DirEntry[str], name: str) -> Entry:
+    kind = "image" if has_image_name(name) else "other"
+    try:
+        # Follows links. One system call for each file, and the only one.
+        info = entry.stat()
+    except OSError:
+        # A broken link counts, so that it is listed as a reject.
+        return Entry(name, kind, None, None)
+    if stat.S_ISDIR(info.st_mode):
+        # A link may lead back up: following it might never end.
+        return Entry(name, "link", None, None)
+    if not stat.S_ISREG(info.st_mode):
+        # A pipe or a device: reading it could hang.
+        return Entry(name, "other", None, None)
+    return Entry(name, kind, info.st_size, info.st_mtime_ns)
 
 
 @cache
@@ -159,31 +223,9 @@ def _extensions() -> frozenset[str]:
     return frozenset(extension for extension, format_ in known.items() if format_ in Image.OPEN)
 
 
-def _read(path: str) -> bytes | Unreadable:
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_FILE_BYTES:
-                return Unreadable(f"the file has {size} bytes, more than the {MAX_FILE_BYTES} that are read")
-            return file.read()
-    except OSError as error:
-        # One lost file must not end the ingest of millions: it is listed with the reason.
-        return Unreadable(f"the file cannot be read: {error.strerror}")
-
-
-def _split(name: str) -> str:
-    first, nested, _ = name.partition(os.sep)
-    return _SPLIT_FOLDERS.get(first, TRAIN) if nested else TRAIN
-
-
 def _label(name: str) -> str | None:
     """The parent folder's name; None where that is the source itself or a split."""
-    folders = name.split(os.sep)[:-1]
-    if not folders or (len(folders) == 1 and folders[0] in _SPLIT_FOLDERS):
+    folders = name.split("/")[:-1]
+    if not folders or (len(folders) == 1 and folders[0] in SPLIT_FOLDERS):
         return None
-    return _printable(folders[-1])
-
-
-def _printable(name: str) -> str:
-    """The name as valid text with forward slashes; bytes that are not UTF-8 become backslash escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace").replace(os.sep, "/")
+    return folders[-1]

@@ -1,32 +1,50 @@
 """Parquet files with a column of encoded images, plain or in the Hugging Face struct."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spice_ray.errors import DataError
-from spice_ray.readers.folder import file_stamp
-from spice_ray.readers.records import TEST, TRAIN, UNLABELED, Chunk, Record, Unreadable
+from spice_ray.readers.columns import LABEL_COLUMN, Beside, columns_beside, rows_beside
+from spice_ray.readers.files import Found, open_input, relative_names, stamp, sum_sizes
+from spice_ray.readers.places import Place, explain
+from spice_ray.readers.records import Chunk, Record, Unreadable, split_of_container
 
 IMAGE_COLUMNS = ("image", "img", "bytes", "jpg", "png")
-LABEL_COLUMN = "label"
 # A range inside a row group reads and drops the rows before it, far cheaper than decoding images; eight ranges let a
-# file written as a single group be decoded in parallel while it is read 4.5 times over at most.
+# file written as a single group be decoded in parallel while it is read 4.5 times over at most. What comes over a
+# network is worth more: a group there is one range.
 _MAX_RANGES_PER_GROUP = 8
 _ROWS_PER_READ = 64
 _READ_BUFFER_BYTES = 1 << 20
+# A request to a server costs as much time as some megabytes.
+_REMOTE_BUFFER_BYTES = 8 << 20
+_FOOTERS_AT_A_TIME = 16
+
+
+class Footer(NamedTuple):
+    """What is needed of a file to cut it into chunks."""
+
+    columns: tuple[str, ...]
+    """The image column, then ``label`` and ``split`` where there are such."""
+    group_rows: tuple[int, ...]
+    """The number of rows in each row group."""
 
 
 @dataclass(frozen=True)
 class ParquetChunk:
     """Rows ``start`` to ``stop`` - 1 of one row group."""
 
-    path: str
+    place: Place
+    name: str
+    columns: tuple[str, ...]
     row_group: int
     first_row: int
     """Number of the row group's first row in the file."""
@@ -40,69 +58,100 @@ class ParquetChunk:
 
     def read(self) -> Iterator[Record]:
         """The encoded bytes of each row; when the file fails, every row not yet read carries the reason."""
-        path, row = Path(self.path), self.start
-        try:
-            for data, label in self._cells():
-                yield self._record(path, row, label, data)
-                row += 1
-        except (OSError, pa.ArrowException) as error:
-            # The file is gone or damaged: its other chunks may still be read, these rows are listed with the reason.
-            reason = Unreadable(f"the Parquet file cannot be read: {type(error).__name__}")
-            for lost in range(row, self.stop):
-                yield self._record(path, lost, None, reason)
+        row, cells = self.start, self._cells()
+        while row < self.stop:
+            try:
+                data, beside = next(cells)
+            except Exception as error:
+                # The file is gone, shorter than it was or damaged, or its server fails in whatever way: its other
+                # chunks may still be read, these rows are listed with the reason.
+                reason = Unreadable(f"the Parquet file cannot be read: {_reason(error)}")
+                yield from (self._record(lost, Beside(None, None), reason) for lost in range(row, self.stop))
+                return
+            yield self._record(row, beside, data)
+            row += 1
 
-    def _record(self, path: Path, row: int, label: str | int | None, data: bytes | Unreadable) -> Record:
-        return Record(f"{path.name}#{self.first_row + row}", _split(path.stem), label, data)
+    def _record(self, row: int, beside: Beside, data: bytes | Unreadable) -> Record:
+        source = f"{self.name}#{self.first_row + row}"
+        if isinstance(beside.split, Unreadable):
+            return Record(source, split_of_container(self.name), beside.label, beside.split)
+        return Record(source, beside.split or split_of_container(self.name), beside.label, data)
 
-    def _cells(self) -> Iterator[tuple[bytes | Unreadable, str | int | None]]:
-        position = 0
-        with pq.ParquetFile(self.path, buffer_size=_READ_BUFFER_BYTES) as file:
-            image = find_image_column(file.schema_arrow)
-            if image is None:
-                raise pa.ArrowInvalid("the image column is gone")
-            columns = [image, LABEL_COLUMN] if has_labels(file.schema_arrow) else [image]
-            for batch in file.iter_batches(_ROWS_PER_READ, row_groups=[self.row_group], columns=columns):
+    def _cells(self) -> Iterator[tuple[bytes | Unreadable, Beside]]:
+        position, buffer = 0, _REMOTE_BUFFER_BYTES if self.place.server else _READ_BUFFER_BYTES
+        with open_input(self.place) as input_, pq.ParquetFile(input_, buffer_size=buffer) as file:
+            for batch in file.iter_batches(_ROWS_PER_READ, row_groups=[self.row_group], columns=list(self.columns)):
                 first = min(max(0, self.start - position), len(batch))
-                yield from _batch_cells(batch.slice(first, self.stop - position - first), image)
+                rows = batch.slice(first, self.stop - position - first)
+                yield from zip(_images(rows.column(self.columns[0])), rows_beside(rows), strict=True)
                 position += len(batch)
                 if position >= self.stop:
                     return
+        raise pa.ArrowInvalid("the row group has become shorter")
 
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """One Parquet file or several; test or val in a file's name, or unlabeled, gives the split."""
+    """One Parquet file or several.
 
-    files: tuple[Path, ...]
+    A row's split is in its ``split`` column; else the file's first-level folder, or test, val or unlabeled in the
+    file's name gives it.
+    """
+
+    files: tuple[Found, ...]
     labels_known: bool
     kind: str = "parquet"
 
+    @cached_property
+    def _footers(self) -> tuple[Footer, ...]:
+        """Every file's footer, read once and held against the first one's."""
+        if not any(file.place.server for file in self.files):
+            footers = [read_footer(file.place) for file in self.files]
+        else:
+            with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
+                footers = list(pool.map(read_footer, [file.place for file in self.files]))
+        first = footers[0].columns[0]
+        for file, footer in zip(self.files, footers, strict=True):
+            if footer.columns[0] != first:
+                raise DataError(
+                    f"{file.place} has its images in the column {footer.columns[0]} and {self.files[0].place} in "
+                    f"{first}; give files of one layout"
+                )
+        return tuple(footers)
+
     def listing_digest(self) -> str:
         """32 hex digits over the names, sizes and modification times of the files."""
-        digest = hashlib.blake2b(f"{self.kind} {self.labels_known}".encode(), digest_size=16)
-        for file in self.files:
-            digest.update(file_stamp(file.parent, file.name))
+        digest = hashlib.blake2b(self.kind.encode(), digest_size=16)
+        for file, name in zip(self.files, relative_names(self.files), strict=True):
+            digest.update(stamp(name, file.size, file.mtime_ns))
         return digest.hexdigest()
+
+    def encoded_bytes(self) -> int | None:
+        """The sizes of all files together; None where a server does not say."""
+        return sum_sizes(self.files)
 
     def chunks(self, rows_per_chunk: int) -> list[Chunk]:
         """The rows in chunks that never cross a row group.
 
         Raises:
-            DataError: A file is not Parquet or has no image column, or there is no row at all.
+            DataError: A file is not Parquet, has no image column or another than the first file, or a label or a split
+                of a type that it cannot have; or there is no row at all.
         """
-        chunks = [chunk for file in self.files for chunk in _file_chunks(file, rows_per_chunk)]
+        chunks: list[Chunk] = []
+        for file, name, footer in zip(self.files, relative_names(self.files), self._footers, strict=True):
+            chunks += _file_chunks(file.place, name, footer, rows_per_chunk)
         if not chunks:
-            raise DataError(f"{self.files[0]} holds no rows; give a Parquet file with at least one image")
+            raise DataError(f"{self.files[0].place} holds no rows; give a Parquet file with at least one image")
         return chunks
 
 
-def open_parquet(files: list[Path]) -> ParquetSource:
+def open_parquet(files: Sequence[Found]) -> ParquetSource:
     """A source of Parquet files; only the first one's footer is read now.
 
     Raises:
-        DataError: It is not Parquet or has no image column.
+        DataError: It is not Parquet, has no image column, or a label or a split of a type that it cannot have.
     """
-    return ParquetSource(tuple(files), has_labels(_footer(files[0]).schema.to_arrow_schema()))
+    return ParquetSource(tuple(files), LABEL_COLUMN in read_footer(files[0].place).columns)
 
 
 def find_image_column(schema: pa.Schema) -> str | None:
@@ -114,15 +163,39 @@ def find_image_column(schema: pa.Schema) -> str | None:
     return None
 
 
-def has_labels(schema: pa.Schema) -> bool:
-    """Whether there is a ``label`` column of integers or strings."""
-    index = schema.get_field_index(LABEL_COLUMN)
-    if index < 0:
-        return False
-    type_ = schema.field(index).type
-    if pa.types.is_dictionary(type_):
-        type_ = type_.value_type
-    return any(is_kind(type_) for is_kind in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string))
+def read_metadata(place: Place) -> tuple[pq.FileMetaData, pa.Schema]:
+    """A file's metadata and its Arrow schema.
+
+    Raises:
+        DataError: It is not Parquet, or cannot be read.
+    """
+    try:
+        with open_input(place) as input_:
+            metadata = pq.read_metadata(input_)
+        return metadata, metadata.schema.to_arrow_schema()
+    except Exception as error:
+        # Storage libraries have errors of their own; all of them end here, with the reason.
+        raise DataError(
+            f"{place} is not a readable Parquet file ({_reason(error)}); give a Parquet file, a folder of Parquet files or a "
+            "folder of images"
+        ) from None
+
+
+def read_footer(place: Place) -> Footer:
+    """What is needed of a file with images.
+
+    Raises:
+        DataError: It is not Parquet, has no image column, or a label or a split of a type that it cannot have.
+    """
+    metadata, schema = read_metadata(place)
+    image = find_image_column(schema)
+    if image is None:
+        raise DataError(
+            f"{place} has no column of encoded images, only {', '.join(schema.names) or 'no columns'}; name a binary "
+            f"column or an image struct one of {', '.join(IMAGE_COLUMNS)}"
+        )
+    rows = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    return Footer((image, *columns_beside(schema, place)), rows)
 
 
 def _holds_images(type_: pa.DataType) -> bool:
@@ -132,55 +205,23 @@ def _holds_images(type_: pa.DataType) -> bool:
     return any(is_kind(type_) for is_kind in (pa.types.is_binary, pa.types.is_large_binary))
 
 
-def _footer(file: Path) -> pq.FileMetaData:
-    try:
-        metadata = pq.read_metadata(file)
-        schema = metadata.schema.to_arrow_schema()
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"{file} is not a readable Parquet file ({type(error).__name__}); give a Parquet file, a folder of Parquet "
-            "files or a folder of images"
-        ) from None
-    if find_image_column(schema) is None:
-        raise DataError(
-            f"{file} has no column of encoded images, only {', '.join(schema.names) or 'no columns'}; name a binary "
-            f"column or an image struct one of {', '.join(IMAGE_COLUMNS)}"
-        )
-    return metadata
+def _reason(error: Exception) -> str:
+    return explain(error) if isinstance(error, OSError) else type(error).__name__
 
 
-def _file_chunks(file: Path, rows_per_chunk: int) -> Iterator[Chunk]:
-    metadata, first_row = _footer(file), 0
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group).num_rows
-        share = max(rows_per_chunk, -(-rows // _MAX_RANGES_PER_GROUP))
+def _file_chunks(place: Place, name: str, footer: Footer, rows_per_chunk: int) -> Iterator[Chunk]:
+    first_row, max_ranges = 0, 1 if place.server else _MAX_RANGES_PER_GROUP
+    for group, rows in enumerate(footer.group_rows):
+        share = max(rows_per_chunk, -(-rows // max_ranges))
         for start in range(0, rows, share):
-            yield ParquetChunk(str(file), group, first_row, start, min(start + share, rows))
+            stop = min(start + share, rows)
+            yield ParquetChunk(place, name, footer.columns, group, first_row, start, stop)
         first_row += rows
 
 
-def _batch_cells(batch: pa.RecordBatch, image: str) -> Iterator[tuple[bytes | Unreadable, str | int | None]]:
-    images = batch.column(image)
+def _images(images: pa.Array) -> Iterator[bytes | Unreadable]:
     if pa.types.is_struct(images.type):
         images = pc.struct_field(images, "bytes")
-    labels = batch.column(LABEL_COLUMN) if LABEL_COLUMN in batch.schema.names else [None] * len(batch)
-    for cell, label in zip(images, labels, strict=True):
+    for cell in images:
         data = cell.as_py()
-        yield (Unreadable("the row holds no image") if data is None else data), _known(label)
-
-
-def _known(label: pa.Scalar | None) -> str | int | None:
-    try:
-        value: str | int | None = None if label is None else label.as_py()
-    except UnicodeDecodeError:
-        # Parquet does not check its text; a label that is none must not cost the image.
-        return None
-    # Hugging Face data sets mark rows whose label is withheld with -1.
-    return None if isinstance(value, int) and value < 0 else value
-
-
-def _split(stem: str) -> str:
-    lower = stem.lower()
-    if "unlabeled" in lower or "unlabelled" in lower:
-        return UNLABELED
-    return TEST if "test" in lower or "val" in lower else TRAIN
+        yield Unreadable("the row holds no image") if data is None else data

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TRAIN, TEST, UNLABELED = "train", "test", "unlabeled"
+SPLIT_FOLDERS = {"train": TRAIN, "test": TEST, "val": TEST, "unlabeled": UNLABELED}
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class Record:
-    """One image as its container holds it.
+    """One image, or one embedding, as its container holds it.
 
     ``label`` is for the Labels artifact alone; None where it is not known.
     """
@@ -28,20 +29,25 @@ class Record:
     source: str
     split: str
     label: str | int | None
-    data: "bytes | NDArray[np.uint8] | Unreadable"
-    """Encoded bytes, or a grey image uint8 (H, W), or why there is neither."""
+    data: "bytes | NDArray[np.uint8] | NDArray[np.float32] | Unreadable"
+    """Encoded bytes; or pixels, uint8, grey (H, W) or (H, W, 1), RGB (H, W, 3) or RGBA (H, W, 4); or, from a source of
+    the kind embeddings, float32 (D,); or why there is nothing."""
 
 
 class Chunk(Protocol):
     """Some rows of a source: small, picklable, and enough to read them in another process."""
 
     @property
-    def num_rows(self) -> int:
-        """How many records ``read`` yields."""
+    def num_rows(self) -> int | None:
+        """How many records ``read`` yields; None where that is known only by reading, as of an archive."""
         ...
 
     def read(self) -> Iterator[Record]:
-        """Every record of the chunk; one that cannot be fetched carries the reason instead of data."""
+        """Every record of the chunk; one that cannot be fetched carries the reason instead of data.
+
+        Raises:
+            DataError: The chunk holds something that must not be used at all.
+        """
         ...
 
 
@@ -50,7 +56,7 @@ class Source(Protocol):
 
     @property
     def kind(self) -> str:
-        """digits, folder or parquet."""
+        """digits, folder, parquet, list, tar, a benchmark's name, array or embeddings."""
         ...
 
     @property
@@ -59,7 +65,14 @@ class Source(Protocol):
         ...
 
     def listing_digest(self) -> str:
-        """32 hex digits over names, sizes and modification times, without reading any content."""
+        """32 hex digits over names, sizes and modification times, without reading any content.
+
+        It names the images alone: labels that come from the names of folders have no part in it.
+        """
+        ...
+
+    def encoded_bytes(self) -> int | None:
+        """The size of all files together; None where it is not known without reading them or asking for each."""
         ...
 
     def chunks(self, rows_per_chunk: int) -> list[Chunk]:
@@ -74,3 +87,20 @@ class Source(Protocol):
 def read_chunk(chunk: Chunk) -> Iterator[Record]:
     """Every record of ``chunk``, read in the process that calls this."""
     return chunk.read()
+
+
+def split_of_folder(name: str) -> str | None:
+    """The split that the first-level folder train, test, val or unlabeled gives; ``name`` is relative, with slashes."""
+    first, nested, _ = name.partition("/")
+    return SPLIT_FOLDERS.get(first) if nested else None
+
+
+def split_of_container(name: str) -> str:
+    """The split of all images in a file: by its first-level folder, else by test, val or unlabeled in its own name."""
+    by_folder = split_of_folder(name)
+    if by_folder is not None:
+        return by_folder
+    lower = name.rpartition("/")[2].lower()
+    if "unlabeled" in lower or "unlabelled" in lower:
+        return UNLABELED
+    return TEST if "test" in lower or "val" in lower else TRAIN

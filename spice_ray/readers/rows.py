@@ -1,67 +1,70 @@
-"""From a chunk of records to Arrow rows of decoded images: the work of one ingest task."""
+"""From a record to a row of the shards: decoded, keyed by its content, or rejected with a reason."""
 
 import hashlib
-import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple, cast
 
-import pyarrow as pa
+import numpy as np
+from numpy.typing import NDArray
 
 from spice_ray.readers.decode import Reject, decode
-from spice_ray.readers.records import Chunk, Record, Unreadable, read_chunk
+from spice_ray.readers.records import Chunk, Record, Source, Unreadable, read_chunk
 
-_BLOCK_BYTES = 16 << 20
-_MAX_ROWS = 512
+KEY_BYTES = 16
+_ROWS_PER_CHUNK = 10_000
 
 
-def row_schema(image_size: int) -> pa.Schema:
-    """Columns of decoded rows: either ``reason`` is set, or all but ``label`` and ``reason`` are.
+class Row(NamedTuple):
+    """One image; the order of the fields but for the label is that of the columns of a run."""
 
-    ``key`` orders the rows (16 bytes, ``order_key``), ``image`` is uint8 RGB, channels first, 3 * S * S bytes.
+    key: bytes
+    """``order_key``; shards are sorted by it."""
+    source: str
+    split: str
+    image: bytes
+    """uint8 RGB, channels first, 3 * S * S bytes, or the encoded file."""
+    label: str | None
+
+
+class Rejected(NamedTuple):
+    """An image that could not be used."""
+
+    source: str
+    reason: str
+
+
+def count_rows(source: Source) -> int | None:
+    """How many images the source lists; None where that is known only by reading it.
+
+    Raises:
+        DataError: A part of the source cannot be used at all.
     """
-    return pa.schema(
-        [
-            ("key", pa.binary()),
-            ("source", pa.string()),
-            ("split", pa.string()),
-            ("image", pa.binary(3 * image_size**2)),
-            ("label", pa.string()),
-            ("reason", pa.string()),
-        ]
-    )
+    counts = [chunk.num_rows for chunk in source.chunks(_ROWS_PER_CHUNK)]
+    return None if None in counts else sum(count or 0 for count in counts)
 
 
-def rows_per_block(image_size: int) -> int:
-    """How many decoded images make a block of bounded size."""
-    return max(1, min(_MAX_ROWS, _BLOCK_BYTES // (3 * image_size**2)))
-
-
-def decode_chunk(chunk: Chunk, *, image_size: int, seed: int) -> Iterator[pa.Table]:
-    """Read and decode a chunk, in blocks of at most ``rows_per_block`` rows of ``row_schema``."""
-    # Lazy: of the encoded images only one is held at a time.
-    rows = (_row(record, image_size, seed) for record in read_chunk(chunk))
-    while block := list(itertools.islice(rows, rows_per_block(image_size))):
-        yield pa.Table.from_pylist(block, row_schema(image_size))
+def read_rows(chunk: Chunk, *, image_size: int, seed: int, stored: str) -> Iterator[Row | Rejected]:
+    """Read and decode a chunk, one image at a time."""
+    for record in read_chunk(chunk):
+        yield _row(record, image_size, seed, stored)
 
 
 def order_key(content: bytes, seed: int) -> bytes:
-    """16 bytes that depend on the seed and an image's undecoded bytes alone; shards are sorted by them."""
-    content_hash = hashlib.blake2b(content, digest_size=16).digest()
-    return hashlib.blake2b(seed.to_bytes(8, "little") + content_hash, digest_size=16).digest()
+    """16 bytes that depend on the seed and an image's undecoded bytes alone."""
+    content_hash = hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
+    return hashlib.blake2b(seed.to_bytes(8, "little") + content_hash, digest_size=KEY_BYTES).digest()
 
 
-def _row(record: Record, image_size: int, seed: int) -> dict[str, Any]:
-    if isinstance(record.data, Unreadable):
-        return {"source": record.source, "reason": record.data.reason}
+def _row(record: Record, image_size: int, seed: int, stored: str) -> Row | Rejected:
+    data = record.data
+    if isinstance(data, Unreadable):
+        return Rejected(record.source, data.reason)
     try:
-        pixels = decode(record.data, image_size)
+        pixels = decode(cast("bytes | NDArray[np.uint8]", data), image_size)
     except Reject as reject:
         # The run goes on without this image; rejects.parquet lists it.
-        return {"source": record.source, "reason": reject.reason}
-    return {
-        "key": order_key(record.data if isinstance(record.data, bytes) else record.data.tobytes(), seed),
-        "source": record.source,
-        "split": record.split,
-        "image": pixels.tobytes(),
-        "label": None if record.label is None else str(record.label),
-    }
+        return Rejected(record.source, reject.reason)
+    content = data if isinstance(data, bytes) else data.tobytes()
+    image = content if stored == "encoded" else pixels.tobytes()
+    label = None if record.label is None else str(record.label)
+    return Row(order_key(content, seed), record.source, record.split, image, label)

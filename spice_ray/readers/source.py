@@ -1,26 +1,57 @@
-"""From a path or a name to a source of images; a path that cannot be used is refused here, in under a second."""
+"""From a path or a name to a source of images; what cannot be used is refused here, in a second or two."""
 
-import os
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from spice_ray.errors import DataError
+from spice_ray.readers.arrays import open_array
+from spice_ray.readers.benchmarks import open_benchmark
 from spice_ray.readers.digits import DigitsSource
-from spice_ray.readers.folder import FolderSource, has_images, list_images
-from spice_ray.readers.parquet import open_parquet
+from spice_ray.readers.embeddings import holds_embeddings, open_embeddings
+from spice_ray.readers.files import Found, expand, find, has_wildcard
+from spice_ray.readers.folder import Entry, FolderSource, walk
+from spice_ray.readers.listfile import find_path_column, open_parquet_list, open_text_list
+from spice_ray.readers.parquet import find_image_column, open_parquet, read_metadata
+from spice_ray.readers.places import Place, place_of
 from spice_ray.readers.records import Chunk, Record, Source, Unreadable, read_chunk
+from spice_ray.readers.synset_folders import SUBSETS
+from spice_ray.readers.tar import ARCHIVE_SUFFIXES, open_tar
+from spice_ray.readers.vector_tables import vector_columns
 
 __all__ = ["Chunk", "Record", "Source", "Unreadable", "open_source", "read_chunk"]
 
-_KINDS = "give a folder of images, a Parquet file, a folder of Parquet files or the word digits"
+_KINDS = (
+    "give a folder of images, Parquet files, tar archives, a list of images (.txt), an array (.npy) or the word digits"
+)
+_TABLE = ".parquet"
+
+
+class _Contents(NamedTuple):
+    """What a folder without images holds."""
+
+    tables: list[Found]
+    archives: list[Found]
+    num_files: int
 
 
 def open_source(path: str, labels_from_folders: bool = False) -> Source:
     """Find out what ``path`` is.
 
     Args:
-        path: A folder of images, a Parquet file, a folder of Parquet files, or the word ``digits`` for the bundled
-            handwritten digits (a folder of that name is ``./digits``). A folder with images anywhere is an image
-            folder, whatever else it holds.
+        path: One of
+
+            - a folder of images, nested or not; a folder with images anywhere is one, whatever else it holds;
+            - a Parquet file with encoded images, with embeddings, or with a column of paths or URLs; or several of the
+              first two kinds: a folder of them, or a pattern such as ``data/train-*.parquet``;
+            - a tar archive of images, or several: a folder or a pattern, as with Parquet;
+            - a text file (.txt) with one path or URL on each line;
+            - a .npy array of images or of embeddings;
+            - a benchmark as it is published (see ``benchmarks``);
+            - the word ``digits`` for the bundled handwritten digits (a folder of that name is ``./digits``).
+
+            All but the last three may be on a server: s3://bucket/folder, or any URL that pyarrow or fsspec opens. A
+            web server lists no folders, so that http:// and https:// are for single files.
         labels_from_folders: Take the name of an image's parent folder for its label; image folders alone.
 
     Raises:
@@ -28,29 +59,113 @@ def open_source(path: str, labels_from_folders: bool = False) -> Source:
     """
     if path == "digits":
         return DigitsSource()
-    if "://" in path:
-        raise DataError(f"{path} is a URL, which is not supported yet; give a mounted path or a local copy")
-    if not os.path.exists(path):
-        raise DataError(f"{path or 'an empty path'} does not exist; {_KINDS}")
-    location = Path(path)
-    if location.is_dir():
-        return _open_folder(location, labels_from_folders)
-    return _open_file(location)
+    if not path:
+        raise DataError(f"an empty path does not exist; {_KINDS}")
+    if path.partition(":")[0] in SUBSETS:
+        subset = open_benchmark(path)
+        assert subset is not None
+        return subset
+    place = place_of(path)
+    found = find(place)
+    if found is None:
+        return _open_pattern(place)
+    return _open_folder(place, path, labels_from_folders) if found.is_folder else _open_files([found])
 
 
-def _open_folder(folder: Path, labels_from_folders: bool) -> Source:
-    if has_images(folder):
-        return FolderSource(folder, labels_from_folders)
-    tables = sorted(file for file in folder.glob("*.parquet") if file.is_file() and not file.name.startswith("."))
-    if tables:
-        return open_parquet(tables)
-    others = list_images(folder).num_others
-    if others == 0:
+def _open_pattern(place: Place) -> Source:
+    if not has_wildcard(place):
+        raise DataError(f"{place} does not exist; {_KINDS}")
+    files = expand(place)
+    if not files:
+        raise DataError(f"no file matches {place}; {_KINDS}")
+    return _open_files(files)
+
+
+def _open_folder(folder: Place, path: str, labels_from_folders: bool) -> Source:
+    benchmark = None if folder.server else open_benchmark(folder.path)
+    if benchmark is not None:
+        return benchmark
+    entries = tuple(walk(folder)) if folder.server else None
+    contents = _contents(folder, walk(folder) if entries is None else entries)
+    if contents is None:
+        return FolderSource(path if folder.server else folder.path, labels_from_folders, entries)
+    if contents.tables and contents.archives:
+        raise DataError(
+            f"the folder {folder} holds Parquet files and tar archives; give a pattern such as {folder}/*.parquet"
+        )
+    files = contents.tables or contents.archives
+    if files:
+        return _open_files(sorted(files, key=lambda file: file.place.path))
+    if contents.num_files == 0:
         raise DataError(f"the folder {folder} is empty; {_KINDS}")
-    raise DataError(f"the folder {folder} holds no image, only {others} other files; {_KINDS}")
+    raise DataError(f"the folder {folder} holds no image, only {contents.num_files} other files; {_KINDS}")
 
 
-def _open_file(file: Path) -> Source:
-    if file.suffix.lower() != ".parquet":
-        raise DataError(f"{file} is neither a folder nor a .parquet file; {_KINDS}")
-    return open_parquet([file])
+def _contents(folder: Place, entries: Iterable[Entry]) -> _Contents | None:
+    """What is in a folder; None as soon as there is an image."""
+    tables, archives, num_files = list[Found](), list[Found](), 0
+    for name, kind, size, mtime_ns in entries:
+        if kind == "image":
+            return None
+        num_files += kind == "other"
+        lower = name.lower()
+        same_kind = tables if lower.endswith(_TABLE) else archives if lower.endswith(ARCHIVE_SUFFIXES) else None
+        # Without a size it is a broken link or a pipe.
+        if same_kind is not None and size is not None:
+            same_kind.append(Found(folder / name, False, size, mtime_ns))
+    return _Contents(tables, archives, num_files)
+
+
+def _open_files(files: Sequence[Found]) -> Source:
+    openers = {_opener(file.place.name.lower()) for file in files}
+    if len(openers) > 1:
+        raise DataError(f"{files[0].place} and the other files are of several kinds; give files of one kind")
+    opener = openers.pop()
+    if opener is None:
+        raise DataError(f"{files[0].place} is neither a folder nor a file of a kind that is read; {_KINDS}")
+    return opener(files)
+
+
+def _opener(name: str) -> Callable[[Sequence[Found]], Source] | None:
+    if name.endswith(_TABLE):
+        return _open_tables
+    if name.endswith(ARCHIVE_SUFFIXES):
+        return open_tar
+    return {".txt": _open_list, ".npy": _open_arrays}.get(PurePosixPath(name).suffix)
+
+
+def _open_tables(files: Sequence[Found]) -> Source:
+    schema = read_metadata(files[0].place)[1]
+    if find_image_column(schema) is not None:
+        return open_parquet(files)
+    if vector_columns(schema):
+        return open_embeddings(_local(files))
+    if find_path_column(schema) is not None:
+        return open_parquet_list(_single(files), schema)
+    # It says what is missing.
+    return open_parquet(files)
+
+
+def _open_list(files: Sequence[Found]) -> Source:
+    return open_text_list(_single(files))
+
+
+def _open_arrays(files: Sequence[Found]) -> Source:
+    paths = _local(files)
+    return open_embeddings(paths) if holds_embeddings(paths[0]) else open_array(Path(_single(files).place.path))
+
+
+def _single(files: Sequence[Found]) -> Found:
+    if len(files) > 1:
+        raise DataError(f"{files[0].place} is one of {len(files)} files of its kind, of which one is read; give one")
+    return files[0]
+
+
+def _local(files: Sequence[Found]) -> list[Path]:
+    for file in files:
+        if file.place.server:
+            raise DataError(
+                f"{file.place} is on a server, and arrays and embeddings are read from local files alone; "
+                "make a local copy"
+            )
+    return [Path(file.place.path) for file in files]

@@ -70,10 +70,18 @@ def connected(scale: Scale, *, verbose: bool) -> Iterator[None]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def find_spice_error(error: BaseException | None) -> SpiceError | None:
+    """The error of ours that Ray wrapped, as often as it did, or None."""
+    while error is not None and not isinstance(error, SpiceError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error
+
+
 def _as_user_error(error: Exception) -> SpiceError:
+    ours = find_spice_error(error)
+    if ours is not None:
+        return ours
     cause = getattr(error, "cause", None)
-    if isinstance(cause, SpiceError):
-        return cause
     lines = [line for line in str(cause or error).splitlines() if line.strip()]
     first = lines[-1].strip() if lines else type(error).__name__
     return TrainingError(

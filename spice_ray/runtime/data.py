@@ -1,20 +1,29 @@
-"""Image shards, read by Ray Data."""
+"""Image shards, read by Ray Data: once into memory, or again and again in the counted order of the lanes."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 import torch
-from numpy.typing import NDArray
 
 from spice_ray.contracts import TRAIN_SPLITS, ShardFile
-from spice_ray.core.lanes import LaneImages
+from spice_ray.core.lanes import Lanes, ResidentLanes, Rows, ServedLanes, Stream
+from spice_ray.core.streaming import Ahead, StreamedLanes
 from spice_ray.errors import ConfigError
+from spice_ray.readers.parts import PartFormat, images_of, is_intact, read_part
 from spice_ray.storage import Artifact
+
+# Ray Data starts anew for each of these; the tables that are then still in the worker's queue bridge the pause.
+_FILES_PER_EXECUTION = 512
+_TABLES_AHEAD = 4
+# Reading waits for storage and checksums; several readers share a processor with the training worker.
+_CPUS_PER_READER = 0.25
 
 
 @dataclass(frozen=True)
@@ -22,10 +31,17 @@ class Shards:
     """Image shards as a stage sees them: their files, and which of their rows count."""
 
     path: Path
-    image_size: int
+    format: PartFormat
     files: list[ShardFile]
     splits: tuple[str, ...] | None
     """The splits that count; None: all."""
+    damaged: frozenset[str] = frozenset()
+    """Files that are not read; none of their rows counts."""
+
+    @property
+    def image_size(self) -> int:
+        """S, pixels."""
+        return self.format.image_size
 
     @property
     def num_rows(self) -> int:
@@ -37,19 +53,21 @@ class Shards:
         """Rows that count."""
         return sum(file.num_counted for file in self.files)
 
+    @property
+    def readable(self) -> list[ShardFile]:
+        """The files that hold rows and are not damaged."""
+        return [file for file in self.files if file.rows and file.name not in self.damaged]
 
-def open_shards(artifact: Artifact, splits: tuple[str, ...] | None) -> Shards:
-    """The shards of an artifact, of which the rows of ``splits`` count."""
-    manifest = artifact.manifest
-    files = [
-        ShardFile(
-            name=file["name"],
-            rows=file["rows"],
-            num_counted=sum(n for split, n in file["splits"].items() if splits is None or split in splits),
-        )
-        for file in manifest["files"]
-    ]
-    return Shards(artifact.path, manifest["image_size"], files, splits)
+
+def open_shards(artifact: Artifact, splits: tuple[str, ...] | None, damaged: frozenset[str] = frozenset()) -> Shards:
+    """The shards of an artifact, of which the rows of ``splits`` count but for those in ``damaged`` files."""
+    manifest, files, first_id = artifact.manifest, [], 0
+    for file in manifest["files"]:
+        counted = sum(n for split, n in file["splits"].items() if splits is None or split in splits)
+        counted = 0 if file["name"] in damaged else counted
+        files.append(ShardFile(file["name"], first_id, file["rows"], counted, file["crc32"]))
+        first_id += file["rows"]
+    return Shards(artifact.path, PartFormat(manifest["image_size"], manifest["stored"]), files, splits, damaged)
 
 
 def splits_of(protocol: str, *, unlabeled: bool) -> tuple[str, ...] | None:
@@ -73,51 +91,88 @@ def check_lanes(shards: Shards, num_lanes: int, name: str) -> None:
             )
 
 
-def images_of(table: pa.Table, image_size: int) -> NDArray[np.uint8]:
-    """The ``image`` column as an array, uint8, (rows, 3, S, S); a view of Arrow's memory, not to be written."""
-    column = table["image"].combine_chunks()
-    width = 3 * image_size * image_size
-    flat = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * width : (column.offset + len(column)) * width]
-    return flat.reshape(len(column), 3, image_size, image_size)
+def find_damaged(shards: Shards) -> frozenset[str]:
+    """The files whose bytes are not those that were written; reads every file once."""
+    files = _per_file(shards.readable, 1).map_batches(partial(_check, folder=shards.path), batch_size=None)
+    return frozenset(row["name"] for row in files.iter_rows() if not row["intact"])
 
 
-def read_files(shards: Shards, files: list[ShardFile]) -> ray.data.Dataset:
-    """A Ray Data stream of files, one block each, in the order given."""
+def _check(batch: dict[str, list[object]], folder: Path) -> dict[str, list[object]]:
+    files = [ShardFile(**dict(zip(batch, row, strict=True))) for row in zip(*batch.values(), strict=True)]
+    return {"name": [file.name for file in files], "intact": [is_intact(folder, file) for file in files]}
+
+
+def read_files(shards: Shards, files: list[ShardFile], num_cpus: float = 1) -> ray.data.Dataset:
+    """A Ray Data stream of files, one block each, in the order given; images are decoded."""
+    read = partial(_read, folder=shards.path, format_=shards.format)
+    return _per_file(files, num_cpus).map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=num_cpus)
+
+
+def _per_file(files: list[ShardFile], num_cpus: float) -> ray.data.Dataset:
     context = ray.data.DataContext.get_current()
-    context.use_datasource_v2 = False
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    paths = [str(shards.path / file.name) for file in files]
-    return ray.data.read_parquet(paths, override_num_blocks=len(paths))
+    # A part is read whole, whatever its size.
+    context.target_max_block_size = None
+    return ray.data.from_items([asdict(file) for file in files], override_num_blocks=len(files))
 
 
-def load_lanes(shards: Shards, lane_ids: list[int], num_lanes: int, device: torch.device) -> LaneImages:
-    """Stream the files of the lanes that a worker serves into its memory, once.
+def _read(batch: pa.Table, folder: Path, format_: PartFormat) -> pa.Table:
+    return pa.concat_tables(read_part(folder, ShardFile(**row), format_) for row in batch.to_pylist())
 
-    Lane g owns files g, g + G, ...; rows that do not count are left out.
+
+@contextmanager
+def open_lanes(
+    shards: Shards, lanes: ServedLanes, streams: list[Stream], device: torch.device, budget: int
+) -> Iterator[list[Lanes]]:
+    """Feed the streams from memory where the served images take at most ``budget`` bytes, and else from the files.
+
+    Both give the same batches; the first costs memory and the second the reading of every file in every pass.
     """
-    files = [file for lane in lane_ids for file in shards.files[lane::num_lanes] if file.rows]
-    offsets = dict(zip((f.name for f in files), np.cumsum([0, *(f.num_counted for f in files)]), strict=False))
-    first_ids = np.cumsum([0, *(file.rows for file in shards.files)])
-    total = sum(file.num_counted for file in files)
-    images = torch.empty((total, 3, shards.image_size, shards.image_size), dtype=torch.uint8)
-    sample_ids = torch.empty(total, dtype=torch.int64)
-    for table in _counted_rows(shards, files):
-        ids = table["sample_id"].to_numpy()
-        if len(ids) == 0:
-            continue
-        name = shards.files[int(np.searchsorted(first_ids, ids[0], side="right")) - 1].name
-        start = offsets[name]
-        offsets[name] = stop = start + len(ids)
-        images[start:stop] = torch.from_numpy(images_of(table, shards.image_size).copy())
-        sample_ids[start:stop] = torch.from_numpy(ids.copy())
-    rows_per_file = [[f.num_counted for f in shards.files[lane::num_lanes] if f.rows] for lane in lane_ids]
-    return LaneImages(images.to(device), sample_ids.to(device), lane_ids, rows_per_file, num_lanes)
+    if lanes.num_rows * 3 * shards.image_size**2 <= budget:
+        rows = load_rows(shards, lanes)
+        rows = Rows(rows.images.to(device), rows.sample_ids.to(device))
+        yield [ResidentLanes(lanes, rows, stream, device) for stream in streams]
+        return
+    with ExitStack() as stack:
+        fed = [StreamedLanes(lanes, stream, partial(stream_rows, shards), device) for stream in streams]
+        for lane_feed in fed:
+            stack.callback(lane_feed.close)
+        yield list(fed)
 
 
-def _counted_rows(shards: Shards, files: list[ShardFile]) -> Iterator[pa.Table]:
-    """Blocks of single files, rows in file order, without the rows that do not count."""
-    for table in read_files(shards, files).iter_batches(batch_size=None, batch_format="pyarrow"):
+def load_rows(shards: Shards, lanes: ServedLanes) -> Rows:
+    """Stream the files of the lanes that a worker serves into its memory, once; rows that do not count are left out."""
+    files = [file for lane in lanes.files for file in lane if file.num_counted]
+    images = torch.empty((lanes.num_rows, 3, shards.image_size, shards.image_size), dtype=torch.uint8)
+    sample_ids = torch.empty(lanes.num_rows, dtype=torch.int64)
+    start = 0
+    for rows in _counted_rows(shards, files, num_cpus=1):
+        stop = start + len(rows.sample_ids)
+        images[start:stop], sample_ids[start:stop] = rows
+        start = stop
+    assert start == lanes.num_rows
+    return Rows(images, sample_ids)
+
+
+def stream_rows(shards: Shards, files: Iterator[ShardFile]) -> Iterator[Rows]:
+    """The rows that count of each of endless ``files``, in the order given, read ahead of their use."""
+    ahead = Ahead(_executions(shards, files), _TABLES_AHEAD)
+    try:
+        while True:
+            yield ahead.get()
+    finally:
+        ahead.close()
+
+
+def _executions(shards: Shards, files: Iterator[ShardFile]) -> Generator[Rows]:
+    while some := list(itertools.islice(files, _FILES_PER_EXECUTION)):
+        yield from _counted_rows(shards, some, num_cpus=_CPUS_PER_READER)
+
+
+def _counted_rows(shards: Shards, files: list[ShardFile], num_cpus: float) -> Iterator[Rows]:
+    for table in read_files(shards, files, num_cpus).iter_batches(batch_size=None, batch_format="pyarrow"):
         if shards.splits is not None:
             table = table.filter(pc.is_in(table["split"], pa.array(shards.splits)))
-        yield table.combine_chunks()
+        images = torch.from_numpy(images_of(table, shards.image_size).copy())
+        yield Rows(images, torch.from_numpy(table["sample_id"].to_numpy().copy()))

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from spice_ray.config import Recipe, Scale
-from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, Bank
+from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, Bank, ShardFile
 from spice_ray.core.prototypes import unsupervised_loss
-from spice_ray.runtime.data import Shards, images_of, read_files
+from spice_ray.readers.parts import images_of
+from spice_ray.runtime.data import Shards, read_files
 from spice_ray.runtime.reliable import read_reliable
 from spice_ray.runtime.weights import load_encoder, load_joint
 from spice_ray.runtime.workers import augmentation_of
@@ -100,7 +101,8 @@ def map_images(
     report: Report,
 ) -> None:
     """Send every shard file through a pool of ``scale.workers`` actors and hand the rows to ``take``."""
-    files = [file for file in shards.files if file.rows]
+    files = shards.readable
+    total = sum(file.rows for file in files)
     outputs = read_files(shards, files).map_batches(
         actor,
         fn_constructor_args=(job,),
@@ -117,7 +119,7 @@ def map_images(
         values = np.frombuffer(column.buffers()[1], np.float32)[column.offset * width :][: len(column) * width]
         take(table["sample_id"].to_numpy(), values.reshape(len(column), width))
         done += len(column)
-        report(done, shards.num_rows)
+        report(done, total)
 
 
 def publish_embedding(
@@ -128,6 +130,7 @@ def publish_embedding(
     job = _job(encoder, recipe, shards, scale)
 
     def write(folder: Path) -> dict[str, Any]:
+        # Rows of damaged files stay zero; no stage looks at them.
         shapes = {name: (shards.num_rows, width) for name in Bank._fields} | {"strong": (views, shards.num_rows, width)}
         bank = Bank(**{name: _new_array(folder / f"{name}.npy", shape) for name, shape in shapes.items()})
 
@@ -158,7 +161,7 @@ def publish_assignments(
     """Classify all images and publish one row for each."""
 
     def write(folder: Path) -> dict[str, Any]:
-        logits = np.empty((shards.num_rows, recipe.num_clusters), np.float32)
+        logits = np.zeros((shards.num_rows, recipe.num_clusters), np.float32)
         pooled: NDArray[np.float32] | None = None
 
         def take(ids: NDArray[np.int64], values: NDArray[np.float32]) -> None:
@@ -188,34 +191,38 @@ def final_loss(logits: torch.Tensor, pooled: torch.Tensor, recipe: Recipe) -> fl
 
 def training_ids(shards: Shards) -> NDArray[np.int64]:
     """Sample ids that count for training, int64, ascending."""
+    ids = readable_ids(shards)
     if shards.splits is None:
-        return np.arange(shards.num_rows)
-    split = _column(shards, "split")
-    return np.flatnonzero(pc.is_in(split, pa.array(shards.splits)).to_numpy())
+        return ids
+    return ids[pc.is_in(_column(shards, "split", shards.readable), pa.array(shards.splits)).to_numpy()]
 
 
-def _column(shards: Shards, name: str) -> pa.ChunkedArray:
+def readable_ids(shards: Shards) -> NDArray[np.int64]:
+    """Sample ids of the files that are not damaged, int64, ascending."""
+    runs = [np.arange(file.first_id, file.first_id + file.rows) for file in shards.readable]
+    return np.concatenate(runs)
+
+
+def _column(shards: Shards, name: str, files: list[ShardFile]) -> pa.ChunkedArray:
     return pa.chunked_array(
-        [
-            chunk
-            for file in shards.files
-            for chunk in pq.read_table(shards.path / file.name, columns=[name])[name].chunks
-        ],
+        [chunk for file in files for chunk in pq.read_table(shards.path / file.name, columns=[name])[name].chunks],
         pa.string(),
     )
 
 
 def _assignments(logits: NDArray[np.float32], reliable: Any, shards: Shards, *, skipped: bool) -> pa.Table:
-    confidence, cluster = torch.from_numpy(logits).softmax(dim=1).max(dim=1)
-    kept = reliable.weights.numpy() > 0
+    """One row per image that can be read."""
+    ids = readable_ids(shards)
+    confidence, cluster = torch.from_numpy(logits[ids]).softmax(dim=1).max(dim=1)
+    kept = reliable.weights.numpy()[ids] > 0
     return pa.table(
         {
-            "sample_id": np.arange(len(logits)),
-            "source": _column(shards, "source"),
-            "split": _column(shards, "split"),
+            "sample_id": ids,
+            "source": _column(shards, "source", shards.readable),
+            "split": _column(shards, "split", shards.readable),
             "cluster": cluster.numpy(),
             "confidence": confidence.numpy(),
-            "consistency": pa.array(reliable.consistency.numpy(), from_pandas=True),
+            "consistency": pa.array(reliable.consistency.numpy()[ids], from_pandas=True),
             "reliable": np.zeros_like(kept) if skipped else kept,
         }
     )

@@ -1,22 +1,20 @@
-"""From a source to image shards: decoded once by Ray Data, then put into an order that only content decides.
+"""From a source to image shards, by Ray Data: chunks are decoded and sorted in parallel, then merged into parts.
 
-Rows come back from the cluster in any order. The driver spreads them over bucket files by the top bits of their order
-key, a hash of (seed, content), then sorts one bucket at a time, so its memory holds a bucket and never the data set.
+No image passes through the driver or the object store: tasks write sorted runs to a folder beside the artifacts, and
+other tasks merge them into parts. What a killed ingest left there is taken over by the next one of the same source.
 """
 
 import hashlib
 import math
 import os
 import pickle
-import tempfile
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,110 +22,140 @@ import ray
 
 from spice_ray.contracts import LABELS, SHARDS
 from spice_ray.errors import DataError
+from spice_ray.readers.parts import PartFormat
 from spice_ray.readers.records import Chunk, Source
-from spice_ray.readers.rows import decode_chunk, row_schema, rows_per_block
+from spice_ray.readers.rows import count_rows
+from spice_ray.readers.runs import Task, count_bins, merge_part, plan_parts, read_labels, write_runs
+from spice_ray.runtime.progress import Done, Reporter
 from spice_ray.storage import Artifact, fingerprint, publish, reporting_disk_errors
 
-_BLOCK_BYTES = 32 << 20
-_BUCKET_BYTES = 64 << 20
-# 512 open files stay below the usual limit of 1024 per process.
-_MAX_BUCKET_BITS = 9
-_PART_BYTES = 16 << 20
+_RUN_BYTES = (8 << 20, 128 << 20)
+"""A run holds at least so much, so that small sources are not cut to pieces, and at most so much memory is taken."""
+_NUM_RUNS = 512
+_PART_BYTES = (16 << 20, 64 << 20)
+_NUM_PARTS = 4096
 # The number of parts is a multiple of this, so that 16, 8, 4, 2 lanes or 1 own equally many files.
 _PARTS_MULTIPLE = 16
-_LABEL_FILE = "labels.arrow"
-_LABEL_ROWS = pa.schema([("sample_id", pa.int64()), ("name", pa.string())])
+# Images of this side and more are kept as they came where that takes an eighth of the room or less.
+_ENCODED_SIDE = 128
+_ENCODED_GAIN = 8
 
-Report = Callable[[int, int | None], None]
 
+class _Read(NamedTuple):
+    """What the first pass leaves."""
 
-class _Spread(NamedTuple):
-    """What the first pass leaves: bucket files in key order, how many rows they hold, and what was rejected."""
-
-    buckets: list[Path]
+    runs: list[str]
     num_images: int
     rejects: list[tuple[str, str]]
-
-
-class _Parts(NamedTuple):
-    """What the second pass leaves in its folder."""
-
-    files: list[dict[str, Any]]
     digest: str
+    """Of all (key, source) and all rejects."""
 
 
 def ingest(
-    source: Source, root: Path, *, image_size: int, seed: int, progress: Report | None = None
+    source: Source, root: Path, *, image_size: int, seed: int, reporter: Reporter
 ) -> tuple[Artifact, Artifact | None]:
     """Decode every image of ``source`` and publish image shards, and labels where the source has some.
 
     The order of the rows and the bytes of image and split depend on the seed and on content alone, not on the
-    container, the listing order, the cluster or the labels; equal contents are ordered by source.
+    container, the listing order, the cluster or the labels; equal contents are ordered by source. An ingest that was
+    killed goes on with what it has done.
 
     Args:
         source: What ``open_source`` found.
-        root: The folder of artifacts; on a cluster every node must see the source, only the driver writes here.
+        root: The folder of artifacts, which every node must see; while it lasts, it takes twice the room of the shards.
         image_size: S, pixels.
         seed: Orders the rows.
-        progress: Told (images read so far, images in all).
+        reporter: Shows progress.
 
     Returns:
         The shards, and the labels or None.
 
     Raises:
-        DataError: Not one image could be read.
+        DataError: Not one image could be read, or a part of the source cannot be used at all.
         StorageError: The disk refused.
     """
     assert ray.is_initialized()
     # What fails on a worker can be an OSError too, and is not this disk's.
     with reporting_disk_errors(root, passing=(ray.exceptions.RayError,)):
-        root.mkdir(parents=True, exist_ok=True)
-        # The name is one that storage.clear_staging removes after a kill.
-        with tempfile.TemporaryDirectory(prefix=".ingest-", dir=root) as name:
-            folder = Path(name)
-            spread = _spread(source, folder, image_size, seed, progress)
-            parts = _write_parts(spread, folder, image_size)
-            shards = _publish_shards(root, folder, spread, parts, image_size, seed)
-            return shards, _publish_labels(root, shards.fingerprint, folder / _LABEL_FILE)
+        task = _plan(source, root, image_size, seed)
+        task.folder.mkdir(parents=True, exist_ok=True)
+        with reporter.stage("ingest: reading images", "images") as show:
+            read = _read(source, task, lambda done, total: show(Done(done, total, None)))
+        if read.num_images == 0:
+            shutil.rmtree(task.folder)
+            raise DataError(_nothing_read(read.rejects))
+        with reporter.stage("ingest: writing shards", "files") as show:
+            files = _write_parts(read, task, lambda done, total: show(Done(done, total, None)))
+        labels = _labels(task.folder, len(files))
+        shards = _publish_shards(root, task, read, files)
+        found = _publish_labels(root, shards.fingerprint, labels)
+        shutil.rmtree(task.folder, ignore_errors=True)
+        return shards, found
 
 
-def _decoded_blocks(chunks: list[Chunk], image_size: int, seed: int) -> Iterator[pa.Table]:
-    """Read and decode the chunks on the cluster; blocks of rows in any order."""
+def _plan(source: Source, root: Path, image_size: int, seed: int) -> Task:
+    """Where the runs go, named by what they are made of, and how large they are."""
+    count, size = count_rows(source), source.encoded_bytes()
+    pixels = (count or 0) * 3 * image_size**2
+    gains = size is not None and image_size >= _ENCODED_SIDE and pixels >= _ENCODED_GAIN * size
+    stored = "encoded" if gains else "pixels"
+    least, most = _RUN_BYTES
+    run_bytes = most if count is None else min(most, max(least, pixels // _NUM_RUNS))
+    made_of = {"listing": source.listing_digest(), "labels": source.labels_known, "run_bytes": run_bytes}
+    print_ = fingerprint("ingest", {**made_of, "image_size": image_size, "seed": seed, "stored": stored}, [])
+    return Task(root.resolve() / f".ingest-{print_}", PartFormat(image_size, stored), seed, run_bytes)
+
+
+def _on_the_cluster(items: list[Any], work: Callable[[Any], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """``work`` on every item, one task each, as Ray Data finds room; records in any order."""
+    if not items:
+        return
     # Pickled by us: Ray would turn objects into columns of its own kind, and file names need not be valid text.
-    dataset = ray.data.from_items([{"chunk": pickle.dumps(chunk)} for chunk in chunks])
-    dataset.context.target_max_block_size = _BLOCK_BYTES
-    work = partial(_decode_payloads, image_size=image_size, seed=seed)
-    decoded = dataset.map_batches(work, batch_size=1, batch_format="pyarrow")
-    yield from decoded.iter_batches(batch_size=None, batch_format="pyarrow")
+    rows = [{"item": pickle.dumps(item)} for item in items]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    done = dataset.map_batches(partial(_work_on, work=work), batch_size=None, batch_format="pyarrow")
+    for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for record in batch["record"].to_pylist():
+            yield pickle.loads(record)
 
 
-def _decode_payloads(batch: pa.Table, *, image_size: int, seed: int) -> Iterator[pa.Table]:
-    for payload in batch["chunk"].to_pylist():
-        yield from decode_chunk(pickle.loads(payload), image_size=image_size, seed=seed)
+def _work_on(batch: pa.Table, work: Callable[[Any], dict[str, Any]]) -> pa.Table:
+    records = [pickle.dumps(work(pickle.loads(item))) for item in batch["item"].to_pylist()]
+    return pa.table({"record": pa.array(records, pa.large_binary())})
 
 
-def _spread(source: Source, folder: Path, image_size: int, seed: int, progress: Report | None) -> _Spread:
-    """First pass: decode everything and spread the rows over buckets by the top bits of their keys."""
-    chunks = source.chunks(rows_per_block(image_size))
-    total = sum(chunk.num_rows for chunk in chunks)
-    bits = min(_MAX_BUCKET_BITS, (total * 3 * image_size**2 // _BUCKET_BYTES).bit_length())
-    buckets = [folder / f"bucket-{index:03d}.arrow" for index in range(1 << bits)]
-    schema = row_schema(image_size)
-    schema = schema.remove(schema.get_field_index("reason"))
-    num_images, rejects = 0, list[tuple[str, str]]()
-    with ExitStack() as stack:
-        writers = [stack.enter_context(pa.ipc.new_stream(str(bucket), schema)) for bucket in buckets]
-        for block in _decoded_blocks(chunks, image_size, seed):
-            bad = block.filter(pc.is_valid(block["reason"]))
-            rejects += zip(bad["source"].to_pylist(), bad["reason"].to_pylist(), strict=True)
-            num_images += len(block) - len(bad)
-            _write_to_buckets(block.filter(pc.is_null(block["reason"])).select(schema.names), writers, bits)
-            if progress is not None:
-                progress(num_images + len(rejects), total)
-    rejects.sort()
-    if num_images == 0:
-        raise DataError(_nothing_read(rejects))
-    return _Spread(buckets, num_images, rejects)
+def _read(source: Source, task: Task, report: Callable[[int, int | None], None]) -> _Read:
+    """First pass: every chunk becomes sorted runs."""
+    chunks = source.chunks(max(1, task.run_bytes // (3 * task.format.image_size**2)))
+    total = count_rows(source)
+    runs, num_images, rejects, digest = list[str](), 0, list[tuple[str, str]](), 0
+    work = partial(_write_runs, task=task)
+    for record in _on_the_cluster(list(enumerate(chunks)), work):
+        runs += record["runs"]
+        num_images += record["rows"]
+        rejects += [(name, reason) for name, reason in record["rejects"]]
+        digest = (digest + record["digest"]) % (1 << 128)
+        report(num_images + len(rejects), total)
+    return _Read(sorted(runs), num_images, sorted(rejects), f"{digest:032x}")
+
+
+def _write_runs(item: tuple[int, Chunk], task: Task) -> dict[str, Any]:
+    index, chunk = item
+    return write_runs(chunk, index, task)
+
+
+def _write_parts(read: _Read, task: Task, report: Callable[[int, int | None], None]) -> list[dict[str, Any]]:
+    """Second pass: the runs are merged into parts; gives their entries of the manifest."""
+    pixels = read.num_images * 3 * task.format.image_size**2
+    least, most = _PART_BYTES
+    part_bytes = min(most, max(least, pixels // _NUM_PARTS))
+    num_parts = _PARTS_MULTIPLE * math.ceil(pixels / (_PARTS_MULTIPLE * part_bytes))
+    parts = plan_parts(count_bins(task.folder, read.runs), num_parts)
+    files: list[dict[str, Any]] = []
+    for record in _on_the_cluster(parts, partial(merge_part, runs=read.runs, task=task)):
+        files.append(record)
+        report(len(files), num_parts)
+    return sorted(files, key=lambda file: str(file["name"]))
 
 
 def _nothing_read(rejects: list[tuple[str, str]]) -> str:
@@ -140,111 +168,56 @@ def _nothing_read(rejects: list[tuple[str, str]]) -> str:
     )
 
 
-def _write_to_buckets(rows: pa.Table, writers: list[pa.RecordBatchStreamWriter], bits: int) -> None:
-    bucket = np.array([int.from_bytes(key[:2], "big") >> (16 - bits) for key in rows["key"].to_pylist()], np.int64)
-    rows = rows.take(np.argsort(bucket, kind="stable"))
-    ends = np.cumsum(np.bincount(bucket, minlength=len(writers)))
-    for writer, start, end in zip(writers, [0, *ends[:-1]], ends, strict=True):
-        if end > start:
-            writer.write_table(rows.slice(start, end - start))
-
-
-def _sorted_buckets(buckets: list[Path]) -> Iterator[pa.Table]:
-    for bucket in buckets:
-        with pa.ipc.open_stream(str(bucket)) as stream:
-            yield stream.read_all().sort_by([("key", "ascending"), ("source", "ascending")])
-        # Freed at once, so that buckets and parts together need hardly more room than the parts.
-        bucket.unlink()
-
-
-def _in_pieces(tables: Iterator[pa.Table], sizes: list[int]) -> Iterator[pa.Table]:
-    """The concatenation of ``tables``, cut into pieces of ``sizes`` rows."""
-    rest = next(tables)
-    for size in sizes:
-        while len(rest) < size:
-            rest = pa.concat_tables([rest, next(tables)])
-        yield rest.slice(0, size).combine_chunks()
-        rest = rest.slice(size)
-
-
-def _write_parts(spread: _Spread, folder: Path, image_size: int) -> _Parts:
-    """Second pass: number the sorted rows, write the parts, and hash what they are made of."""
-    num_images = spread.num_images
-    num_parts = _PARTS_MULTIPLE * math.ceil(num_images * 3 * image_size**2 / (_PARTS_MULTIPLE * _PART_BYTES))
-    share, more = divmod(num_images, num_parts)
-    sizes = [share + (index < more) for index in range(num_parts)]
-    digest, files, first_id = hashlib.blake2b(digest_size=16), list[dict[str, Any]](), 0
-    with pa.ipc.new_stream(str(folder / _LABEL_FILE), _LABEL_ROWS) as labels:
-        for index, rows in enumerate(_in_pieces(_sorted_buckets(spread.buckets), sizes)):
-            ids = pa.array(np.arange(first_id, first_id + len(rows)), pa.int64())
-            first_id += len(rows)
-            name = f"part-{index:05d}.parquet"
-            _write_part(folder / name, rows, ids)
-            files.append({"name": name, "rows": len(rows), "splits": _count(rows["split"])})
-            labels.write_table(pa.table([ids, rows["label"]], _LABEL_ROWS).filter(pc.is_valid(rows["label"])))
-            for key, source in zip(rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True):
-                digest.update(key + source.encode() + b"\0")
-    for source, _ in spread.rejects:
-        digest.update(b"reject " + source.encode() + b"\0")
-    return _Parts(files, digest.hexdigest())
-
-
-def _write_part(file: Path, rows: pa.Table, ids: pa.Array) -> None:
-    table = rows.select(["source", "split", "image"]).add_column(0, "sample_id", ids)
-    # Minimum and maximum of an image are two whole images in the footer, of use to nobody.
-    pq.write_table(table, file, compression="none", use_dictionary=False, write_statistics=["sample_id"])
-
-
-def _count(splits: pa.ChunkedArray) -> dict[str, int]:
-    return dict(sorted(Counter(splits.to_pylist()).items()))
-
-
-def _publish_shards(root: Path, folder: Path, spread: _Spread, parts: _Parts, image_size: int, seed: int) -> Artifact:
-    splits: Counter[str] = sum((Counter(file["splits"]) for file in parts.files), Counter())
+def _publish_shards(root: Path, task: Task, read: _Read, files: list[dict[str, Any]]) -> Artifact:
+    splits: Counter[str] = sum((Counter(file["splits"]) for file in files), Counter())
+    image_size = task.format.image_size
 
     def write(staging: Path) -> dict[str, Any]:
-        for file in parts.files:
-            os.replace(folder / file["name"], staging / file["name"])
-        sources, reasons = zip(*spread.rejects, strict=True) if spread.rejects else ((), ())
+        for file in files:
+            os.replace(task.folder / file["name"], staging / file["name"])
+        sources, reasons = zip(*read.rejects, strict=True) if read.rejects else ((), ())
         rejects = pa.table({"source": pa.array(sources, pa.string()), "reason": pa.array(reasons, pa.string())})
         pq.write_table(rejects, staging / "rejects.parquet")
         return {
-            "num_images": spread.num_images,
+            "num_images": read.num_images,
             "image_size": image_size,
-            "splits": dict(splits),
-            "files": parts.files,
-            "num_rejects": len(spread.rejects),
-            "digest": parts.digest,
+            "stored": task.format.stored,
+            "splits": dict(sorted(splits.items())),
+            "files": files,
+            "num_rejects": len(read.rejects),
+            "digest": read.digest,
         }
 
-    return publish(root, SHARDS, fingerprint(SHARDS, {"image_size": image_size, "seed": seed}, [parts.digest]), write)
+    settings = {"image_size": image_size, "seed": task.seed}
+    return publish(root, SHARDS, fingerprint(SHARDS, settings, [read.digest]), write)
 
 
-def _publish_labels(root: Path, shards: str, file: Path) -> Artifact | None:
-    """Labels of the rows that have one, in sample_id order; None where no row has."""
-    with pa.ipc.open_stream(str(file)) as stream:
-        rows = stream.read_all()
+def _labels(folder: Path, num_parts: int) -> pa.Table:
+    """``sample_id`` and ``name`` of the rows that have a label, in sample_id order."""
+    return pa.concat_tables(read_labels(folder, part) for part in range(num_parts)).combine_chunks()
+
+
+def _publish_labels(root: Path, shards: str, rows: pa.Table) -> Artifact | None:
+    """Labels with a number for each name; None where no row has a label."""
     if len(rows) == 0:
         return None
-    names = rows["name"].to_pylist()
-    codes = _codes(set(names))
-    table = pa.table(
-        {
-            "sample_id": rows["sample_id"],
-            "label": pa.array([codes[name] for name in names], pa.int64()),
-            "name": rows["name"],
-        }
-    )
-    digest = hashlib.blake2b(repr(table.to_pydict()).encode(), digest_size=16).hexdigest()
+    names = pc.unique(rows["name"])
+    codes = _codes(names.to_pylist())
+    code_of = pa.array([codes[name] for name in names.to_pylist()], pa.int64())
+    table = rows.add_column(1, "label", code_of.take(pc.index_in(rows["name"], names)))
+    digest = hashlib.blake2b(digest_size=16)
+    for column in (table["sample_id"], table["name"].dictionary_encode().combine_chunks().indices):
+        digest.update(column.to_numpy(zero_copy_only=False).tobytes())
+    digest.update(repr(names.to_pylist()).encode())
 
     def write(staging: Path) -> dict[str, Any]:
-        pq.write_table(table.combine_chunks(), staging / "labels.parquet")
+        pq.write_table(table, staging / "labels.parquet")
         return {"shards": shards, "num_labels": len(table)}
 
-    return publish(root, LABELS, fingerprint(LABELS, {"digest": digest}, [shards]), write)
+    return publish(root, LABELS, fingerprint(LABELS, {"digest": digest.hexdigest()}, [shards]), write)
 
 
-def _codes(names: set[str]) -> dict[str, int]:
+def _codes(names: list[str]) -> dict[str, int]:
     """A number for each label: its own where all are plain numbers, else its place in the alphabet."""
     if all(name.isdecimal() and str(int(name)) == name and int(name) < 2**63 for name in names):
         return {name: int(name) for name in names}

@@ -16,7 +16,7 @@ from spice_ray.config import Recipe, num_neighbors, perfect_loss
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, ENCODER, HEADS, JOINT, LABELS, RELIABLE
 from spice_ray.errors import StorageError
 from spice_ray.run_folder import RunFolder
-from spice_ray.runtime.data import Shards, check_lanes, open_shards, splits_of
+from spice_ray.runtime.data import Shards, check_lanes, find_damaged, open_shards, splits_of
 from spice_ray.runtime.heads import open_bank, publish_heads, train_heads
 from spice_ray.runtime.inference import publish_assignments, publish_embedding, training_ids
 from spice_ray.runtime.progress import Done, Reporter, watched
@@ -52,25 +52,42 @@ class Pipeline:
         check_lanes(self.train_shards, recipe.joint.lanes, "joint.lanes")
 
     @cached_property
+    def damaged(self) -> frozenset[str]:
+        """Shard files that are left out; only looked for where that is allowed, as every file is read for it."""
+        if not self.recipe.scale.skip_damaged:
+            return frozenset()
+        shards = open_shards(self.shards_artifact, None)
+        damaged = find_damaged(shards)
+        if damaged:
+            lost = sum(file.rows for file in shards.files if file.name in damaged)
+            self.reporter.note(
+                f"{lost} images of {shards.num_rows} are left out, their shard files are damaged: "
+                f"{', '.join(sorted(damaged))}"
+            )
+        return damaged
+
+    @cached_property
     def all_shards(self) -> Shards:
         """Every image."""
-        return open_shards(self.shards_artifact, None)
+        return open_shards(self.shards_artifact, None, self.damaged)
 
     @cached_property
     def pretrain_shards(self) -> Shards:
         """The images that stage 1 sees."""
-        return open_shards(self.shards_artifact, splits_of(self.recipe.protocol, unlabeled=True))
+        return open_shards(self.shards_artifact, splits_of(self.recipe.protocol, unlabeled=True), self.damaged)
 
     @cached_property
     def train_shards(self) -> Shards:
         """The images that stages 2 and 3 see."""
-        return open_shards(self.shards_artifact, splits_of(self.recipe.protocol, unlabeled=False))
+        return open_shards(self.shards_artifact, splits_of(self.recipe.protocol, unlabeled=False), self.damaged)
 
     @cached_property
     def encoder(self) -> Artifact:
         """Stage 1."""
         recipe = self.recipe
         settings = {"pretrain": _settings(recipe.pretrain), "image": _settings(recipe.image), **self._common()}
+        if self.damaged:
+            settings["damaged"] = sorted(self.damaged)
 
         def make(print_: str, progress: Path, show: Show) -> None:
             job = PretrainJob(recipe.pretrain, recipe.image, self.pretrain_shards, recipe.seed, self._root, print_)
@@ -204,6 +221,7 @@ class Pipeline:
         root, own = self.shards_artifact.path.parent.resolve(), self.run.artifacts.resolve()
         self.run.record(
             artifacts={**prints, LABELS: self.labels.fingerprint if self.labels else None},
+            damaged=sorted(self.damaged),
             # Shards of this run's own move with it; others stay where they are.
             shards_root=os.path.relpath(root, self.run.path.resolve()) if root == own else str(root),
         )

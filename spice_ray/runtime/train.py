@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from spice_ray.config import Scale
 from spice_ray.core import collectives
 from spice_ray.errors import SpiceError, StorageError, TrainingError
+from spice_ray.runtime.cluster import find_spice_error
+from spice_ray.runtime.memory import image_budget
 from spice_ray.runtime.progress import ProgressWriter
 from spice_ray.runtime.workers import Host, JointJob, PretrainJob
 
@@ -108,10 +111,16 @@ def _work(config: dict[str, Any]) -> str | None:
     try:
         if not folder.is_dir():
             raise StorageError(f"{folder} is not seen by every node; choose an --out that all nodes mount")
-        host = Host(device, wrap_ddp, TrainProgress(device, scale.checkpoint_seconds, folder))
+        sharing = ray.train.get_context().get_local_world_size()
+        progress = TrainProgress(device, scale.checkpoint_seconds, folder)
+        host = Host(device, wrap_ddp, progress, image_budget(scale, device, sharing))
         config["run"](job, host)
-    except SpiceError as error:
-        return str(error)
+    except (SpiceError, ray.exceptions.RayError) as error:
+        # What went wrong in a reading task comes wrapped.
+        ours = find_spice_error(error)
+        if ours is None:
+            raise
+        return str(ours)
     return None
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -18,13 +19,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from spice_ray.config import Recipe, Sweep
+from spice_ray.config import Recipe, Scale, Sweep
 from spice_ray.contracts import JOINT
 from spice_ray.errors import SpiceError, TrainingError
+from spice_ray.readers.parts import images_of, read_part
 from spice_ray.recipe import sweep_recipe
 from spice_ray.run_folder import RunFolder, science
-from spice_ray.runtime.data import images_of
-from spice_ray.runtime.inference import final_loss, training_ids
+from spice_ray.runtime.inference import final_loss, readable_ids, training_ids
+from spice_ray.runtime.memory import image_budget
 from spice_ray.runtime.pipeline import Pipeline
 from spice_ray.runtime.progress import Done, ProgressWriter, watched
 from spice_ray.runtime.weights import load_joint
@@ -107,7 +109,7 @@ def _fit(pipeline: Pipeline, settings: Sweep, folder: Path, progress: Path) -> r
             mode="min",
             num_samples=settings.samples or 1,
             search_alg=ray.tune.search.BasicVariantGenerator(random_state=pipeline.recipe.seed),
-            max_concurrent_trials=max(1, (int(ray.cluster_resources()["CPU"]) - 1) // scale.cpus_per_worker),
+            max_concurrent_trials=_num_concurrent(scale),
         ),
         run_config=ray.tune.RunConfig(
             name="tune",
@@ -117,6 +119,10 @@ def _fit(pipeline: Pipeline, settings: Sweep, folder: Path, progress: Path) -> r
         ),
     )
     return tuner.fit()
+
+
+def _num_concurrent(scale: Scale) -> int:
+    return max(1, (int(ray.cluster_resources()["CPU"]) - 1) // scale.cpus_per_worker)
 
 
 def _num_trials(settings: Sweep) -> int:
@@ -154,7 +160,8 @@ def evaluate_trial(pipeline: Pipeline) -> dict[str, Any]:
             publish_skipped(job, skip)
         else:
             device = torch.device("cuda" if pipeline.recipe.scale.gpus_per_worker else "cpu")
-            run_joint(job, Host(device, lambda module: module, TrialProgress()))
+            memory = image_budget(pipeline.recipe.scale, device, _num_concurrent(pipeline.recipe.scale))
+            run_joint(job, Host(device, lambda module: module, TrialProgress(), memory))
     joint = pipeline.joint
     return {"loss": trial_loss(pipeline, joint), "num_reliable": sum(reliable.manifest["kept"]), "note": skip or ""}
 
@@ -165,14 +172,14 @@ def trial_loss(pipeline: Pipeline, joint: Artifact) -> float:
     recipe, shards = pipeline.recipe, pipeline.train_shards
     device = torch.device("cuda" if recipe.scale.gpus_per_worker else "cpu")
     model, views = load_joint(joint).eval().to(device), augmentation_of(recipe.image)
-    tables = (pq.read_table(shards.path / file.name, columns=["image"]) for file in shards.files if file.rows)
+    tables = (read_part(shards.path, file, shards.format) for file in shards.readable)
     found = [
         predict(model, torch.from_numpy(images_of(table, shards.image_size).copy()).to(device), views)
         for table in tables
     ]
-    ids = torch.from_numpy(training_ids(shards))
+    counts = torch.from_numpy(np.isin(readable_ids(shards), training_ids(shards)))
     logits, pooled = torch.cat([f.logits for f in found]), torch.cat([f.pooled for f in found])
-    return final_loss(logits[ids], pooled[ids], recipe)
+    return final_loss(logits[counts], pooled[counts], recipe)
 
 
 def row_of(result: Any, settings: Sweep, recipe: Recipe) -> dict[str, Any]:

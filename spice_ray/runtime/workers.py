@@ -1,5 +1,7 @@
 """What a training worker of stage 1 or 3 does, whoever hosts it: Ray Train, or a trial of a sweep."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,9 @@ from spice_ray.core.augment import Augmentation
 from spice_ray.core.encoders import build_encoder
 from spice_ray.core.heads import ClusterHead
 from spice_ray.core.joint import JointModel
-from spice_ray.core.lanes import DrawnLanes, LaneImages, ShuffledLanes
-from spice_ray.core.order import stream_key
-from spice_ray.runtime.data import Shards, load_lanes
+from spice_ray.core.lanes import Lanes, Stream, serve, shuffle_window
+from spice_ray.core.order import stream_key, with_replacement
+from spice_ray.runtime.data import Shards, open_lanes
 from spice_ray.runtime.reliable import read_reliable
 from spice_ray.runtime.weights import load_encoder, load_head, save_weights
 from spice_ray.stages.pretrain import pretrain
@@ -58,6 +60,8 @@ class Host:
     device: torch.device
     wrap: Wrap
     progress: Progress
+    memory: int
+    """Bytes of images that the worker may hold."""
 
 
 def augmentation_of(image: Image) -> Augmentation:
@@ -65,30 +69,32 @@ def augmentation_of(image: Image) -> Augmentation:
     return Augmentation(image.views, image.mean, image.std)
 
 
-def worker_lanes(shards: Shards, num_lanes: int, device: torch.device) -> LaneImages:
-    """The images of the lanes that this worker serves: L = G / W consecutive ones."""
+@contextmanager
+def fed(shards: Shards, num_lanes: int, host: Host, *streams: Stream) -> Iterator[list[Lanes]]:
+    """The streams over the lanes that this worker serves: L = G / W consecutive ones."""
     share = num_lanes // collectives.world_size()
     first = collectives.rank() * share
-    return load_lanes(shards, list(range(first, first + share)), num_lanes, device)
+    lanes = serve(shards.files, list(range(first, first + share)), num_lanes)
+    with open_lanes(shards, lanes, list(streams), host.device, host.memory) as found:
+        yield found
 
 
 def run_pretrain(job: PretrainJob, host: Host) -> None:
     """Stage 1 on one worker; the first worker publishes the encoder."""
     settings = job.settings
-    images = worker_lanes(job.shards, settings.lanes, host.device)
-    lanes = ShuffledLanes(
-        images, rows_per_lane=settings.batch_size // settings.lanes, key=stream_key(job.seed, "pretrain")
-    )
-    encoder = pretrain(
-        settings,
-        lanes,
-        augmentation_of(job.image),
-        num_images=job.shards.num_counted,
-        seed=job.seed,
-        device=host.device,
-        wrap=host.wrap,
-        progress=host.progress,
-    )
+    rows, window = settings.batch_size // settings.lanes, shuffle_window(job.shards.image_size)
+    images = Stream(stream_key(job.seed, "pretrain"), rows, window)
+    with fed(job.shards, settings.lanes, host, images) as (lanes,):
+        encoder = pretrain(
+            settings,
+            lanes,
+            augmentation_of(job.image),
+            num_images=job.shards.num_counted,
+            seed=job.seed,
+            device=host.device,
+            wrap=host.wrap,
+            progress=host.progress,
+        )
 
     def write(folder: Path) -> dict[str, Any]:
         save_weights(encoder, folder / "encoder.safetensors")
@@ -105,24 +111,24 @@ def run_pretrain(job: PretrainJob, host: Host) -> None:
 def run_joint(job: JointJob, host: Host) -> None:
     """Stage 3 on one worker; the first worker publishes the classifier."""
     settings = job.settings
-    images = worker_lanes(job.shards, settings.lanes, host.device)
     table = read_reliable(job.reliable)
-    per_lane = settings.labelled_batch // settings.lanes
-    model = train_joint(
-        settings,
-        initial_joint(job),
-        DrawnLanes(images, table.weights > 0, rows_per_lane=per_lane, key=stream_key(job.seed, "labelled")),
-        ShuffledLanes(
-            images, rows_per_lane=per_lane * settings.unlabelled_ratio, key=stream_key(job.seed, "unlabelled")
-        ),
-        augmentation_of(job.image),
-        labels=table.labels,
-        weights=table.weights,
-        seed=job.seed,
-        device=host.device,
-        wrap=host.wrap,
-        progress=host.progress,
-    )
+    rows, window = settings.labelled_batch // settings.lanes, shuffle_window(job.shards.image_size)
+    known = Stream(stream_key(job.seed, "labelled"), rows, window, with_replacement, table.weights > 0)
+    everything = Stream(stream_key(job.seed, "unlabelled"), rows * settings.unlabelled_ratio, window)
+    with fed(job.shards, settings.lanes, host, known, everything) as (labelled, unlabelled):
+        model = train_joint(
+            settings,
+            initial_joint(job),
+            labelled,
+            unlabelled,
+            augmentation_of(job.image),
+            labels=table.labels,
+            weights=table.weights,
+            seed=job.seed,
+            device=host.device,
+            wrap=host.wrap,
+            progress=host.progress,
+        )
     if collectives.rank() == 0:
         publish_joint(job, model, skipped=None)
 

@@ -9,8 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
+from spice_ray import workflow
+from spice_ray.errors import SpiceError
 from spice_ray.evaluate import evaluate
-from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, cluster
+from spice_ray.runtime.tune import SilentReporter
+from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, cluster, small_recipe
 
 COLUMNS = ["sample_id", "source", "split", "cluster", "confidence", "consistency", "reliable"]
 KINDS = ["shards", "encoder", "embedding", "heads", "reliable", "joint", "assignments"]
@@ -128,3 +131,48 @@ def test_the_split_protocol_trains_on_train_and_scores_on_test(corpus: Corpus, t
     assert not np.isnan(consistency[is_train]).any()
     assert not np.asarray(rows["reliable"].to_pylist())[~is_train].any()
     assert evaluate(run)["n"] == 150
+
+
+def test_streamed_images_give_the_same_artifacts_as_resident_ones(
+    finished: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    streamed = cluster(corpus.parquet, tmp_path / "streamed", "scale.resident_memory=0")
+    assert digests(streamed) == digests(finished)
+
+
+def damage(run: Path, part: str) -> int:
+    """Flip a bit of a part and forget all that was made of the shards; gives the part's number of images."""
+    (shards,) = (run / "artifacts").glob("shards-*")
+    content = bytearray((shards / part).read_bytes())
+    content[len(content) // 2] ^= 1
+    (shards / part).write_bytes(content)
+    for kind in KINDS[1:]:
+        shutil.rmtree(next((run / "artifacts").glob(f"{kind}-*")))
+    files = json.loads((shards / "manifest.json").read_text())["files"]
+    return next(file["rows"] for file in files if file["name"] == part)
+
+
+@pytest.mark.parametrize("memory", ["scale.resident_memory=null", "scale.resident_memory=0"])
+def test_a_damaged_part_stops_training_with_its_name(copied: Path, corpus: Corpus, memory: str) -> None:
+    damage(copied, "part-00005.parquet")
+    with pytest.raises(SpiceError, match=r"part-00005\.parquet is damaged .* scale\.skip_damaged=true"):
+        cluster(corpus.parquet, copied, memory)
+
+
+def test_a_damaged_part_is_left_out_where_that_is_allowed(copied: Path, corpus: Corpus) -> None:
+    lost = damage(copied, "part-00005.parquet")
+    cluster(corpus.parquet, copied, "scale.skip_damaged=true")
+    table = pq.read_table(copied / "assignments.parquet")
+    assert len(table) == NUM_IMAGES - lost
+    assert len(set(table["sample_id"].to_pylist())) == NUM_IMAGES - lost
+    assert evaluate(copied)["n"] == NUM_IMAGES - lost
+    # Nothing of a run without the images is taken for one with them.
+    assert json.loads((copied / "run.json").read_text())["damaged"] == ["part-00005.parquet"]
+
+
+def test_labels_can_be_added_to_a_finished_run(corpus: Corpus, finished: Path, tmp_path: Path) -> None:
+    run = cluster(corpus.folder, tmp_path / "run")
+    before = digests(run)
+    workflow.run(workflow.prepare(small_recipe(), str(corpus.folder), run, labels_from_folders=True), SilentReporter())
+    assert digests(run) == before
+    assert evaluate(run)["n"] == NUM_IMAGES

@@ -140,14 +140,6 @@ def test_an_image_of_the_right_size_comes_back_untouched() -> None:
     assert decode(encoded(UPRIGHT[:8]), 8).dtype == np.uint8
 
 
-def test_grey_arrays_are_copied_to_three_channels() -> None:
-    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    before = grey.copy()
-    assert np.array_equal(decode(grey, 8), np.stack([grey] * 3))
-    assert decode(grey, 16).shape == (3, 16, 16)
-    assert np.array_equal(grey, before)
-
-
 def test_the_centre_square_is_kept() -> None:
     picture = np.zeros((8, 24, 3), np.uint8)
     picture[:, 8:16] = 200
@@ -176,6 +168,31 @@ def test_a_strip_is_cut_before_it_is_scaled(shape: tuple[int, int]) -> None:
     assert np.array_equal(pixels, np.full((3, 256, 256), 90))
     # Scaled before it is cut, the strip would take 1.3 GB per channel.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+
+
+def test_the_clear_value_of_a_sixteen_bit_png_becomes_white() -> None:
+    # 256 would be the same grey as 257 in 8 bits, but it is not the value that is called clear.
+    whole = png(3, 1, 16, 0, b"\0" + struct.pack(">3H", 256, 257, 32896))
+    clear = b"\0\0\0\2tRNS" + struct.pack(">H", 257)
+    data = whole[:33] + clear + struct.pack(">I", zlib.crc32(clear[4:])) + whole[33:]
+    assert [middle(data_, 1) for data_ in (whole, data)] == [[1, 1, 1], [255, 255, 255]]
+    left = png(1, 1, 16, 0, b"\0" + struct.pack(">H", 256))
+    assert middle(left[:33] + data[33:47] + left[33:], 1) == [1, 1, 1]
+
+
+def test_every_flipped_byte_among_the_pixels_of_a_png_is_noticed() -> None:
+    # Plain areas: most flips decompress to other colours without an error.
+    data = encoded(Image.new("RGB", (64, 64), (9, 8, 7)))
+    start, end = data.index(b"IDAT") + 4, data.index(b"IEND") - 8
+    for place in range(start, end):
+        damaged = data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :]
+        with pytest.raises(Reject, match="corrupt"):
+            decode(damaged, 8)
+
+
+def test_what_follows_the_end_of_a_png_is_not_looked_at() -> None:
+    data = encoded(UPRIGHT[:8]) + b"\0\0\0\1IDAT?????" + b"\xff" * 50
+    assert np.array_equal(decode(data, 8), UPRIGHT[:8].transpose(2, 0, 1))
 
 
 NOISE = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -236,8 +253,3 @@ def test_every_cut_of_a_file_in_its_first_half_is_rejected() -> None:
         for end in range(0, len(data) // 2, max(1, len(data) // 40)):
             with pytest.raises(Reject, match=r"empty|not an image|truncated|corrupt"):
                 decode(data[:end], 8)
-
-
-def test_an_array_without_pixels_is_rejected() -> None:
-    with pytest.raises(Reject, match="no pixels"):
-        decode(np.empty((0, 8), np.uint8), 8)

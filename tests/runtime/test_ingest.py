@@ -2,6 +2,9 @@ import io
 import json
 import os
 import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from spice_ray.core.lanes import serve
 from spice_ray.errors import DataError, StorageError
 from spice_ray.readers.decode import decode
+from spice_ray.readers.parts import PartFormat, read_part
 from spice_ray.readers.source import open_source
+from spice_ray.runtime.data import find_damaged, load_rows, open_shards
 from spice_ray.runtime.ingest import ingest
+from spice_ray.runtime.progress import Done, Reporter
+from spice_ray.runtime.tune import SilentReporter
 from spice_ray.shards import find_shards
-from spice_ray.storage import Artifact
+from spice_ray.storage import Artifact, clear_staging
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 SIZE = 8
@@ -37,8 +45,17 @@ def put(root: Path, files: dict[str, bytes]) -> Path:
     return root
 
 
-def shards_of(path: Path, root: Path, *, seed: int = 0, labels: bool = False) -> tuple[Artifact, Artifact | None]:
-    return ingest(open_source(str(path), labels), root, image_size=SIZE, seed=seed)
+def shards_of(
+    path: Path,
+    root: Path,
+    *,
+    seed: int = 0,
+    labels: bool = False,
+    image_size: int = SIZE,
+    reporter: Reporter | None = None,
+) -> tuple[Artifact, Artifact | None]:
+    shown = reporter or SilentReporter()
+    return ingest(open_source(str(path), labels), root, image_size=image_size, seed=seed, reporter=shown)
 
 
 def parts(shards: Artifact) -> list[pa.Table]:
@@ -89,6 +106,7 @@ def test_the_manifest_counts_what_the_files_hold(tmp_path: Path) -> None:
         "format",
         "num_images",
         "image_size",
+        "stored",
         "splits",
         "files",
         "num_rejects",
@@ -102,6 +120,7 @@ def test_the_manifest_counts_what_the_files_hold(tmp_path: Path) -> None:
         splits = table["split"].to_pylist()
         assert file["splits"] == {split: splits.count(split) for split in set(splits)}
         assert file["rows"] == len(table)
+        assert file["crc32"] == zlib.crc32((shards.path / file["name"]).read_bytes())
     assert sorted(contents(shards.path)) == sorted(
         [f"part-{i:05d}.parquet" for i in range(16)] + ["manifest.json", "rejects.parquet"]
     )
@@ -131,7 +150,9 @@ def test_folder_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
     table, _ = shards_of(tmp_path / "all.parquet", tmp_path / "out")
     assert without_source(folder) == without_source(table)
     assert folder.fingerprint != table.fingerprint
-    assert folder.manifest["files"] == table.manifest["files"]
+    # The checksums differ: the parts hold the names of the sources.
+    counts = [[(file["rows"], file["splits"]) for file in shards.manifest["files"]] for shards in (folder, table)]
+    assert counts[0] == counts[1]
 
 
 def test_the_listing_order_and_the_place_change_nothing(tmp_path: Path) -> None:
@@ -231,11 +252,11 @@ def test_shards_are_the_same_with_and_without_labels_from_folders(tmp_path: Path
     assert none is None
 
 
-def test_a_data_set_of_several_buckets_is_ordered_as_one(tmp_path: Path) -> None:
-    # 1300 rows of 150 kB make 200 MB: four buckets and sixteen parts that do not end where buckets end.
+def test_a_data_set_of_many_runs_and_parts_is_ordered_as_one(tmp_path: Path) -> None:
+    # 1300 rows of 150 kB make 200 MB: 25 runs of 55 rows and sixteen parts that do not end where runs end.
     pq.write_table(pa.table({"image": [png(i) for i in range(1300)]}), tmp_path / "a.parquet", row_group_size=100)
     small, _ = shards_of(tmp_path / "a.parquet", tmp_path / "out")
-    large, _ = ingest(open_source(str(tmp_path / "a.parquet")), tmp_path / "out", image_size=224, seed=0)
+    large, _ = shards_of(tmp_path / "a.parquet", tmp_path / "out", image_size=224)
     assert [row["source"] for row in rows(small)] == [
         source for table in parts(large) for source in table["source"].to_pylist()
     ]
@@ -243,12 +264,120 @@ def test_a_data_set_of_several_buckets_is_ordered_as_one(tmp_path: Path) -> None
     assert small.manifest["digest"] == large.manifest["digest"]
 
 
-def test_progress_ends_at_the_number_of_images_and_rejects(tmp_path: Path) -> None:
-    seen: list[tuple[int, int | None]] = []
+class Seen(SilentReporter):
+    """Remembers what it was shown."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, list[Done]] = {}
+
+    @contextmanager
+    def stage(self, title: str, unit: str) -> Iterator[Callable[[Done], None]]:
+        yield self.done.setdefault(title, []).append
+
+
+def test_progress_of_both_passes_ends_at_all_there_is(tmp_path: Path) -> None:
+    seen = Seen()
     source = open_source(str(put(tmp_path / "in", {**MIXED, "bad.png": b""})))
-    ingest(source, tmp_path / "out", image_size=SIZE, seed=0, progress=lambda done, total: seen.append((done, total)))
-    assert seen == sorted(seen)
-    assert seen[-1] == (29, 29)
+    ingest(source, tmp_path / "out", image_size=SIZE, seed=0, reporter=seen)
+    assert list(seen.done) == ["ingest: reading images", "ingest: writing shards"]
+    for steps, total in zip(seen.done.values(), (29, 16), strict=True):
+        assert [step.done for step in steps] == sorted(step.done for step in steps)
+        assert (steps[-1].done, steps[-1].total) == (total, total)
+
+
+class Stop(Seen):
+    """Gives up after so many reports of a stage, as a kill would."""
+
+    def __init__(self, title: str, after: int) -> None:
+        super().__init__()
+        self._title, self._after = title, after
+
+    @contextmanager
+    def stage(self, title: str, unit: str) -> Iterator[Callable[[Done], None]]:
+        steps = self.done.setdefault(title, [])
+
+        def show(done: Done) -> None:
+            steps.append(done)
+            if title == self._title and len(steps) == self._after:
+                raise KeyboardInterrupt
+
+        yield show
+
+
+@pytest.mark.parametrize(("stage", "record"), [("ingest: reading images", "chunk"), ("ingest: writing shards", "part")])
+def test_an_interrupted_ingest_goes_on_with_what_it_has_and_gives_the_same_bytes(
+    tmp_path: Path, stage: str, record: str
+) -> None:
+    images = {f"{i % 5}/{i}.png": png(i) for i in range(200)}
+    source = put(tmp_path / "in", {**images, "bad.png": b""})
+    whole = shards_of(source, tmp_path / "whole", labels=True, image_size=224)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        shards_of(source, out, labels=True, image_size=224, reporter=Stop(stage, 2))
+    clear_staging(out)  # what the next run of the same command does first
+    (folder,) = out.iterdir()
+    kept = {file: file.stat().st_mtime_ns for file in folder.glob(f"{record}-*.json")}
+    assert len(kept) >= 2
+    for file in sorted(kept)[:1]:
+        file.unlink()  # as if the kill had come before the record was written
+    touched: dict[Path, int] = {}
+
+    class Look(Seen):
+        @contextmanager
+        def stage(self, title: str, unit: str) -> Iterator[Callable[[Done], None]]:
+            yield lambda done: touched.update({file: file.stat().st_mtime_ns for file in kept if file.exists()})
+
+    found = shards_of(source, out, labels=True, image_size=224, reporter=Look())
+    redone = [file for file in kept if touched[file] != kept[file]]
+    assert redone == sorted(kept)[:1]
+    for ours, theirs in zip(found, whole, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert contents(ours.path) == contents(theirs.path)
+    assert sorted(entry.name for entry in out.iterdir()) == sorted(path.path.name for path in found if path)
+
+
+def test_large_images_that_are_far_smaller_encoded_are_kept_as_they_came(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    files = {f"{i}.jpg": jpeg(rng.integers(0, 256, 3), 160 + i % 2 * 20) for i in range(40)}
+    source = put(tmp_path / "in", {**files, "half.jpg": files["0.jpg"][:200]})
+    shards, _ = shards_of(source, tmp_path / "out", image_size=160)
+    assert shards.manifest["stored"] == "encoded"
+    found = {row["source"]: row["image"] for row in rows(shards)}
+    assert found == files
+    assert shards.manifest["num_rejects"] == 1
+    read = [read_part(shards.path, file, PartFormat(160, "encoded")) for file in open_shards(shards, None).files]
+    pixels = {row["source"]: row["image"] for table in read for row in table.to_pylist()}
+    assert pixels == {name: decode(data, 160).tobytes() for name, data in files.items()}
+    small, _ = shards_of(source, tmp_path / "out", image_size=SIZE)
+    assert small.manifest["stored"] == "pixels"
+
+
+def jpeg(color: "np.ndarray[Any, Any]", side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.broadcast_to(color.astype(np.uint8), (side, side, 3))).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_a_flipped_bit_of_a_part_is_found_and_named_by_whoever_reads_it(tmp_path: Path) -> None:
+    shards, _ = shards_of(put(tmp_path / "in", MIXED), tmp_path / "out")
+    content = bytearray((shards.path / "part-00003.parquet").read_bytes())
+    opened = open_shards(shards, None)
+    for position in range(0, len(content), 97):
+        content[position] ^= 1 << position % 8
+        (shards.path / "part-00003.parquet").write_bytes(content)
+        with pytest.raises(StorageError, match=r"part-00003\.parquet is damaged .* scale.skip_damaged=true"):
+            read_part(shards.path, opened.files[3], opened.format)
+        content[position] ^= 1 << position % 8
+    content[40] ^= 4
+    (shards.path / "part-00003.parquet").write_bytes(content)
+    (shards.path / "part-00007.parquet").unlink()
+    assert find_damaged(opened) == {"part-00003.parquet", "part-00007.parquet"}
+    without = open_shards(shards, None, find_damaged(opened))
+    assert (without.num_rows, without.num_counted) == (28, 24)
+    lanes = serve(without.files, [0, 1], 2)
+    ids = load_rows(without, lanes).sample_ids.tolist()
+    assert sorted(ids) == sorted(set(range(28)) - {6, 7, 14, 15})
 
 
 def test_nothing_readable_is_an_error_that_names_the_first(tmp_path: Path) -> None:
@@ -262,7 +391,7 @@ def test_a_source_that_was_emptied_meanwhile_is_an_error(tmp_path: Path) -> None
     source = open_source(str(put(tmp_path / "in", {"a.png": png(0)})))
     (tmp_path / "in/a.png").unlink()
     with pytest.raises(DataError, match="holds no image any more"):
-        ingest(source, tmp_path / "out", image_size=SIZE, seed=0)
+        ingest(source, tmp_path / "out", image_size=SIZE, seed=0, reporter=SilentReporter())
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:

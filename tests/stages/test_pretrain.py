@@ -18,10 +18,11 @@ from spice_ray.config import Pretrain
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation
 from spice_ray.core.encoders import build_encoder
-from spice_ray.core.lanes import LaneImages, ShuffledLanes
+from spice_ray.core.lanes import ResidentLanes, Stream
 from spice_ray.core.moco import ProjectedEncoder, cosine
 from spice_ray.core.order import stream_key
 from spice_ray.stages.pretrain import _Contrast, pretrain
+from tests.small_lanes import resident
 
 CPU = torch.device("cpu")
 SEED, STEPS, STOP = 5, 20, 7
@@ -70,14 +71,12 @@ def dataset() -> Tensor:
     return (255 * F.interpolate(coarse, size=16, mode="bilinear")).to(torch.uint8)
 
 
-def worker_lanes(num_lanes: int = 4, rows_per_lane: int = 4) -> ShuffledLanes:
+def worker_lanes(num_lanes: int = 4, rows_per_lane: int = 4) -> ResidentLanes:
     """The lanes of this process among ``num_lanes``."""
     share = num_lanes // collectives.world_size()
     lane_ids = list(range(collectives.rank() * share, (collectives.rank() + 1) * share))
-    file_ids = torch.arange(sum(FILES)).split(FILES)
-    ids = torch.cat([rows for lane in lane_ids for rows in file_ids[lane::num_lanes]])
-    images = LaneImages(dataset()[ids], ids, lane_ids, [FILES[lane::num_lanes] for lane in lane_ids], num_lanes)
-    return ShuffledLanes(images, rows_per_lane=rows_per_lane, key=stream_key(SEED, "pretrain"))
+    stream = Stream(stream_key(SEED, "pretrain"), rows_per_lane, window=100)
+    return resident(dataset(), FILES, lane_ids, num_lanes, stream)
 
 
 def wrap(module):

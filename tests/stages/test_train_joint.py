@@ -20,9 +20,10 @@ from spice_ray.core.augment import Augmentation
 from spice_ray.core.encoders import build_encoder
 from spice_ray.core.heads import ClusterHead
 from spice_ray.core.joint import JointModel
-from spice_ray.core.lanes import DrawnLanes, LaneImages, ShuffledLanes
-from spice_ray.core.order import stream_key
+from spice_ray.core.lanes import ResidentLanes, Stream
+from spice_ray.core.order import stream_key, with_replacement
 from spice_ray.stages.train_joint import train_joint
+from tests.small_lanes import resident
 
 CPU = torch.device("cpu")
 SEED, STEPS, STOP, CLUSTERS = 5, 20, 7, 3
@@ -76,17 +77,16 @@ def initial_model() -> JointModel:
     return JointModel(build_encoder("convnet", 1), ClusterHead(128, CLUSTERS, 2))
 
 
-def streams(num_lanes: int = 4) -> tuple[DrawnLanes, ShuffledLanes]:
+def streams(num_lanes: int = 4) -> tuple[ResidentLanes, ResidentLanes]:
     """The labelled and the unlabelled rows of this process, 8 and 16 of a global batch."""
     share = num_lanes // collectives.world_size()
     lane_ids = list(range(collectives.rank() * share, (collectives.rank() + 1) * share))
-    file_ids = torch.arange(TOTAL).split(FILES)
-    ids = torch.cat([rows for lane in lane_ids for rows in file_ids[lane::num_lanes]])
-    images = LaneImages(dataset()[ids], ids, lane_ids, [FILES[lane::num_lanes] for lane in lane_ids], num_lanes)
     rows = 8 // num_lanes
+    labelled = Stream(stream_key(SEED, "labelled"), rows, 100, with_replacement, WEIGHTS > 0)
+    unlabelled = Stream(stream_key(SEED, "unlabelled"), 2 * rows, window=100)
     return (
-        DrawnLanes(images, WEIGHTS > 0, rows_per_lane=rows, key=stream_key(SEED, "labelled")),
-        ShuffledLanes(images, rows_per_lane=2 * rows, key=stream_key(SEED, "unlabelled")),
+        resident(dataset(), FILES, lane_ids, num_lanes, labelled),
+        resident(dataset(), FILES, lane_ids, num_lanes, unlabelled),
     )
 
 

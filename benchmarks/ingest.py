@@ -1,0 +1,194 @@
+"""Ingest against Pillow alone, and its memory at two sizes.
+
+    python benchmarks/ingest.py speed --images 20000
+    python benchmarks/ingest.py memory --images 60000 --more 1000000
+
+``speed`` writes JPEG files of 200 x 150 pixels and takes, interleaved, the CPU time that decoding, cutting and scaling
+them with Pillow alone takes and that of our chunk task (reading, checks, decoding, hashing, sorting, writing runs), on
+one core, and prints the ratio; then it times the whole ingest on Ray. ``memory`` ingests generated images (a source of
+its own, so that no million files are needed), watches the memory of all processes of the run, the driver's and the
+object store, and prints the peaks at both sizes.
+"""
+
+import argparse
+import io
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+from PIL import Image
+
+from spice_ray.config import Scale
+from spice_ray.readers.parts import PartFormat
+from spice_ray.readers.records import Chunk, Record
+from spice_ray.readers.runs import Task, write_runs
+from spice_ray.readers.source import open_source
+from spice_ray.runtime.cluster import connected
+from spice_ray.runtime.ingest import ingest
+from spice_ray.runtime.tune import SilentReporter
+
+SIDE = 32
+
+
+def write_images(folder: Path, count: int) -> list[Path]:
+    rng = np.random.default_rng(0)
+    files = []
+    for number in range(count):
+        coarse = rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)
+        file = folder / f"{number % 20:02d}" / f"{number:06d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(coarse).resize((200, 150), Image.Resampling.BICUBIC).save(file, quality=85)
+        files.append(file)
+    return files
+
+
+def by_pillow(file: Path, side: int) -> bytes:
+    """What anybody would write: the centre square, scaled."""
+    image = Image.open(io.BytesIO(file.read_bytes()))
+    image.draft(None, (2 * side, 2 * side))
+    image.load()
+    edge = min(image.size)
+    left, top = (image.width - edge) // 2, (image.height - edge) // 2
+    square = image.crop((left, top, left + edge, top + edge)).convert("RGB")
+    return square.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=3.0).tobytes()
+
+
+def speed(count: int, side: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "images"
+        files = write_images(folder, count)
+        source = open_source(str(folder))
+        alone, ours = [], []
+        for number, chunk in enumerate(source.chunks(1000)):
+            start = time.process_time()
+            for file in files[number * 1000 : (number + 1) * 1000]:
+                by_pillow(file, side)
+            alone.append(time.process_time() - start)
+            start = time.process_time()
+            write_runs(chunk, number, Task(Path(name), PartFormat(side, "pixels"), 0, 8 << 20))
+            ours.append(time.process_time() - start)
+        middle = statistics.median(alone), statistics.median(ours)
+        print(f"Pillow alone: {1000 / middle[0]:,.0f} images/s of CPU time; chunk task: {1000 / middle[1]:,.0f}")
+        print(f"ratio {middle[0] / middle[1]:.3f} at {side} pixels")
+        with connected(Scale(), verbose=False):
+            start = time.perf_counter()
+            ingest(source, Path(name) / "shards", image_size=side, seed=0, reporter=SilentReporter())
+            took = time.perf_counter() - start
+        print(f"whole ingest on Ray: {count / took:,.0f} images/s, {took:.1f} s")
+
+
+@dataclass(frozen=True)
+class GeneratedChunk:
+    start: int
+    stop: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
+    def read(self) -> Iterator[Record]:
+        rng = np.random.default_rng(self.start)
+        for number in range(self.start, self.stop):
+            yield Record(
+                f"generated/{number:09d}", "train", None, rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+            )
+
+
+@dataclass(frozen=True)
+class Generated:
+    count: int
+    kind: str = "generated"
+    labels_known: bool = False
+
+    def listing_digest(self) -> str:
+        return f"{self.count}"
+
+    def encoded_bytes(self) -> None:
+        return None
+
+    def chunks(self, rows_per_chunk: int) -> list[Chunk]:
+        starts = range(0, self.count, rows_per_chunk)
+        return [GeneratedChunk(start, min(start + rows_per_chunk, self.count)) for start in starts]
+
+
+class Watch:
+    """Peaks of the driver's memory, of what its Ray processes hold for themselves, and of the object store, in MB."""
+
+    def __init__(self) -> None:
+        self.driver = self.workers = self.store = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.5):
+            self.driver = max(self.driver, private_memory(os.getpid()))
+            children = [pid for pid in processes() if is_ray_worker(pid)]
+            self.workers = max(self.workers, sum(private_memory(pid) for pid in children))
+            total, free = ray.cluster_resources(), ray.available_resources()
+            used = total.get("object_store_memory", 0) - free.get("object_store_memory", 0)
+            self.store = max(self.store, used / 1e6)
+
+
+def processes() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+
+
+def is_ray_worker(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::")
+    except OSError:
+        return False  # it has ended
+
+
+def private_memory(pid: int) -> float:
+    """What a process holds for itself alone, MB."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0  # it has ended
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1e3
+
+
+def memory(counts: list[int]) -> None:
+    for count in counts:
+        with tempfile.TemporaryDirectory() as name, connected(Scale(), verbose=False), Watch() as watch:
+            start = time.perf_counter()
+            shards, _ = ingest(Generated(count), Path(name), image_size=SIDE, seed=0, reporter=SilentReporter())
+            took = time.perf_counter() - start
+            assert shards.manifest["num_images"] == count
+        print(
+            f"{count} images ({count * 3 * SIDE**2 / 1e9:.2f} GB): {took:.0f} s, driver {watch.driver:.0f} MB, "
+            f"workers {watch.workers:.0f} MB, object store {watch.store:.1f} MB"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "memory"])
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--more", type=int, default=1_000_000)
+    parser.add_argument("--side", type=int, default=SIDE)
+    options = parser.parse_args()
+    if options.what == "speed":
+        speed(options.images, options.side)
+    else:
+        memory([options.images, options.more])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Files wherever they are: found, listed and read in the same way on a local file system and on a server."""
+
+import glob
+import os
+import re
+import stat
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple
+
+from spice_ray.errors import DataError
+from spice_ray.readers import remote
+from spice_ray.readers.places import Place, explain, printable
+from spice_ray.readers.records import Unreadable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# More than the largest image that is decoded takes uncompressed; a sparse or mislabelled giant must not fill memory.
+MAX_FILE_BYTES = 1 << 30
+# A server answers many requests at a time in about the time of one; the results wait in memory for their turn.
+_REQUESTS_AT_A_TIME = 16
+_FILES_AHEAD = 32
+_WILDCARDS = "*?["
+
+
+class Found(NamedTuple):
+    """A file or a folder that is there."""
+
+    place: Place
+    is_folder: bool
+    size: int | None
+    """Bytes; None where a server does not say."""
+    mtime_ns: int | None
+    """Last change in nanoseconds since 1970; None where a server does not say."""
+
+
+def find(place: Place) -> Found | None:
+    """What is at ``place``; None where there is nothing.
+
+    Raises:
+        DataError: A server cannot be asked, or refuses.
+    """
+    if place.server:
+        try:
+            info = remote.stat(place)
+        except remote.RemoteError as error:
+            raise DataError(_refused(place, error)) from None
+        return None if info is None else Found(place, info.is_folder, info.size, info.mtime_ns)
+    try:
+        info_ = os.stat(place.path)
+    except (OSError, ValueError):
+        # Not there, in a folder that is closed to us, or no path at all: a zero byte or far too long.
+        return None
+    if not (stat.S_ISREG(info_.st_mode) or stat.S_ISDIR(info_.st_mode)):
+        raise DataError(f"{place} is a pipe or a device; give a regular file or a folder")
+    return Found(place, stat.S_ISDIR(info_.st_mode), info_.st_size, info_.st_mtime_ns)
+
+
+def list_remote(folder: Place, *, nested: bool = True) -> list[remote.RemoteFile]:
+    """All files of a folder on a server; names are relative to it.
+
+    Raises:
+        DataError: The server cannot be asked, or refuses.
+    """
+    try:
+        return remote.list_files(folder, nested=nested)
+    except remote.RemoteError as error:
+        raise DataError(_refused(folder, error)) from None
+
+
+def has_wildcard(place: Place) -> bool:
+    """Whether the path has a ``*``, a ``?`` or a ``[``."""
+    return not place.is_web and any(sign in place.path for sign in _WILDCARDS)
+
+
+def expand(pattern: Place) -> list[Found]:
+    """The files that match a pattern of the shell, ``**`` for any number of folders, in byte order; no hidden ones.
+
+    Raises:
+        DataError: A server cannot be asked, or refuses.
+    """
+    if pattern.server:
+        return _expand_remote(pattern)
+    names = sorted(glob.glob(pattern.path, recursive=True), key=os.fsencode)
+    found = [find(Place(name)) for name in names]
+    return [file for file in found if file is not None and not file.is_folder]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or one of the folders on the way to it is hidden; ``name`` is relative, with slashes."""
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def open_input(place: Place) -> "pa.NativeFile":
+    """The file for reading at any position.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    if place.server:
+        return remote.open_input(place)
+    import pyarrow as pa
+
+    return pa.OSFile(place.path)
+
+
+def open_stream(place: Place) -> "pa.NativeFile":
+    """The file for reading from its beginning to its end.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    return remote.open_stream(place) if place.server else open_input(place)
+
+
+def read_file(place: Place) -> bytes | Unreadable:
+    """The content of a file, or why there is none; one lost file must not end the ingest of millions."""
+    try:
+        if not place.server:
+            return _read_local(place.path)
+        data = remote.read(place, MAX_FILE_BYTES)
+    except (OSError, ValueError) as error:
+        return Unreadable(f"the file cannot be read: {explain(error)}")
+    if len(data) > MAX_FILE_BYTES:
+        return Unreadable(f"the file has more than the {MAX_FILE_BYTES} bytes that are read")
+    return data
+
+
+def read_files(places: Sequence[Place]) -> Iterator[bytes | Unreadable]:
+    """What ``read_file`` gives for each, in order; files of servers are fetched some ahead."""
+    if not any(place.server for place in places):
+        yield from map(read_file, places)
+        return
+    waiting: deque[Future[bytes | Unreadable]] = deque()
+    pool = ThreadPoolExecutor(_REQUESTS_AT_A_TIME)
+    try:
+        for place in places:
+            waiting.append(pool.submit(read_file, place))
+            if len(waiting) == _FILES_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        # Who stops reading early does not wait for what was not begun.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def stamp(name: str, size: int | None, mtime_ns: int | None) -> bytes:
+    """What a listing digest takes in of a file; without size and time it is one that is gone."""
+    encoded = os.fsencode(name)
+    if size is None and mtime_ns is None:
+        return encoded + b"\0gone\0"
+    return encoded + f"\0{size} {mtime_ns}\0".encode()
+
+
+def relative_names(files: Sequence[Found]) -> list[str]:
+    """A printable name for each: relative to the innermost folder that holds them all."""
+    folders = {os.path.dirname(file.place.path) for file in files}
+    if len(folders) == 1 or len({file.place.server for file in files}) > 1:
+        return [printable(file.place.name) for file in files]
+    common = os.path.commonpath(folders)
+    return [printable(os.path.relpath(file.place.path, common or ".")) for file in files]
+
+
+def sum_sizes(files: Sequence[Found]) -> int | None:
+    """The sizes of files together; None where one is not known."""
+    sizes = [file.size for file in files if file.size is not None]
+    return sum(sizes) if len(sizes) == len(files) else None
+
+
+def _expand_remote(pattern: Place) -> list[Found]:
+    from fsspec.utils import glob_translate
+
+    # The longest part without wildcards is the folder to list.
+    parts = pattern.path.split("/")
+    depth = next(index for index, part in enumerate(parts) if any(sign in part for sign in _WILDCARDS))
+    folder, rest = Place("/".join(parts[:depth]), pattern.server), "/".join(parts[depth:])
+    try:
+        matches = re.compile(glob_translate(rest)).match
+    except ValueError:
+        raise DataError(f"{pattern} has a ** beside other letters; write **/ for any number of folders") from None
+    files = list_remote(folder, nested="/" in rest or "**" in rest)
+    return [
+        Found(folder / file.name, False, file.size, file.mtime_ns)
+        for file in sorted(files)
+        if matches(file.name) and not is_hidden(file.name)
+    ]
+
+
+def _refused(place: Place, error: remote.RemoteError) -> str:
+    return f"{place} cannot be reached ({error}); check the URL, the network and the credentials"
+
+
+def _read_local(path: str) -> bytes | Unreadable:
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_FILE_BYTES:
+            return Unreadable(f"the file has {size} bytes, more than the {MAX_FILE_BYTES} that are read")
+        return file.read()

@@ -1,0 +1,85 @@
+"""Parts of image shards: one Parquet file each, written once, read whole and held against its checksum."""
+
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from spice_ray.contracts import ShardFile
+from spice_ray.errors import StorageError
+from spice_ray.readers.decode import decode
+
+
+class PartFormat(NamedTuple):
+    """What the ``image`` column of a set of shards holds."""
+
+    image_size: int
+    """S, pixels."""
+    stored: str
+    """``pixels``, or ``encoded`` where files are decoded whenever they are read."""
+
+
+def write_part(file: Path, table: pa.Table) -> int:
+    """Write a part; gives the checksum of its bytes."""
+    # Minimum and maximum of an image are two whole images in the footer, of use to nobody.
+    pq.write_table(table, file, compression="none", use_dictionary=False, write_statistics=["sample_id"])
+    return zlib.crc32(file.read_bytes())
+
+
+def read_part(folder: Path, file: ShardFile, format_: PartFormat) -> pa.Table:
+    """All rows of a part, images decoded.
+
+    Args:
+        folder: Of the shards.
+        file: Which part.
+        format_: What the manifest says of its images.
+
+    Returns:
+        ``sample_id``, ``source``, ``split`` and ``image``, uint8 RGB, channels first, 3 * S * S bytes.
+
+    Raises:
+        StorageError: The part is missing, or its bytes are not those that were written.
+    """
+    table = pq.read_table(pa.BufferReader(_intact_bytes(folder, file)))
+    if format_.stored == "pixels":
+        return table
+    pixels = [decode(data, format_.image_size).tobytes() for data in table["image"].to_pylist()]
+    column = pa.array(pixels, pa.binary(3 * format_.image_size**2))
+    return table.set_column(table.schema.get_field_index("image"), "image", column)
+
+
+def is_intact(folder: Path, file: ShardFile) -> bool:
+    """Whether the part is there and holds the bytes that were written."""
+    try:
+        _intact_bytes(folder, file)
+    except StorageError:
+        return False
+    return True
+
+
+def _intact_bytes(folder: Path, file: ShardFile) -> bytes:
+    path = folder / file.name
+    remedy = (
+        f"delete the folder {folder} and run the same command again, "
+        f"or set scale.skip_damaged=true to go on without its {file.rows} images"
+    )
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+    found = zlib.crc32(data)
+    if found != file.crc32:
+        raise StorageError(f"{path} is damaged (its checksum is {found:08x} and was {file.crc32:08x}); {remedy}")
+    return data
+
+
+def images_of(table: pa.Table, image_size: int) -> NDArray[np.uint8]:
+    """The ``image`` column as an array, uint8, (rows, 3, S, S); a view of Arrow's memory, not to be written."""
+    column = table["image"].combine_chunks()
+    width = 3 * image_size * image_size
+    flat = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * width : (column.offset + len(column)) * width]
+    return flat.reshape(len(column), 3, image_size, image_size)

@@ -1,0 +1,158 @@
+"""Files on servers, through the file systems of pyarrow (s3, gs, hdfs, abfs) and fsspec (all others).
+
+Credentials and endpoints are those that the libraries find in the environment, or stand in the URL as they take them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from spice_ray.readers import web
+from spice_ray.readers.places import Place, explain
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow.fs import FileInfo, FileSystem
+
+_ARROW_SCHEMES = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
+# A request costs as much time as some megabytes.
+_BUFFER_BYTES = 8 << 20
+
+
+class RemoteError(OSError):
+    """A server that did not give what it was asked for; the message says why, without naming the file."""
+
+
+class RemoteFile(NamedTuple):
+    """What a server says of a file or a folder."""
+
+    name: str
+    """Relative to the folder that was listed, with slashes; of a single file its path on the server."""
+    is_folder: bool
+    size: int | None
+    mtime_ns: int | None
+
+
+def stat(place: Place) -> RemoteFile | None:
+    """What is at ``place``; None where there is nothing.
+
+    Raises:
+        RemoteError: The server cannot be asked, or refuses.
+    """
+    with _reporting():
+        if place.is_web:
+            return _stat_web(place)
+        system, path = _locate(place)
+        info = system.get_file_info(path)
+        return None if info.type.name == "NotFound" else _described(info, info.path)
+
+
+def list_files(folder: Place, *, nested: bool) -> list[RemoteFile]:
+    """All files of a folder, in no order.
+
+    Raises:
+        RemoteError: The server cannot be asked, or refuses.
+    """
+    from pyarrow.fs import FileSelector
+
+    with _reporting():
+        if folder.is_web:
+            raise RemoteError("files on a web server cannot be listed; give a list of their URLs")
+        system, path = _locate(folder)
+        found = system.get_file_info(FileSelector(path, recursive=nested))
+    # Some file systems write a leading slash here and not there.
+    start = path.strip("/")
+    names = (info.path.lstrip("/").removeprefix(start).lstrip("/") for info in found)
+    return [_described(info, name) for info, name in zip(found, names, strict=True) if info.type.name == "File"]
+
+
+def open_input(place: Place) -> "pa.NativeFile":
+    """The file for reading at any position.
+
+    Raises:
+        RemoteError: It cannot be opened.
+    """
+    with _reporting():
+        system, path = _locate(place)
+        return system.open_input_file(path)
+
+
+def open_stream(place: Place) -> "pa.NativeFile":
+    """The file for reading from its beginning to its end.
+
+    Raises:
+        RemoteError: It cannot be opened.
+    """
+    import pyarrow as pa
+
+    with _reporting():
+        if place.is_web:
+            return pa.PythonFile(web.open_url(_web_url(place)), mode="r")
+        system, path = _locate(place)
+        return system.open_input_stream(path, compression=None, buffer_size=_BUFFER_BYTES)
+
+
+def read(place: Place, max_bytes: int) -> bytes:
+    """The content of a file; of one that is longer than ``max_bytes`` a little more than that.
+
+    Raises:
+        RemoteError: It cannot be read.
+    """
+    with _reporting():
+        if place.is_web:
+            return web.read_url(_web_url(place), max_bytes)
+        with open_input(place) as file:
+            # Not simply max_bytes + 1: so much memory would be asked for at once.
+            content: bytes = file.read(min(file.size(), max_bytes + 1))
+            return content
+
+
+def _stat_web(place: Place) -> RemoteFile | None:
+    try:
+        size, mtime_ns = web.stat_url(_web_url(place))
+    except FileNotFoundError:
+        return None
+    return RemoteFile(place.path, False, size, mtime_ns)
+
+
+def _web_url(place: Place) -> str:
+    return f"{place.server}/{place.path}"
+
+
+def _described(info: "FileInfo", name: str) -> RemoteFile:
+    return RemoteFile(name, info.type.name == "Directory", info.size, info.mtime_ns)
+
+
+def _locate(place: Place) -> tuple["FileSystem", str]:
+    """The file system and the path in it."""
+    system, root = _connect(place.server)
+    return system, f"{root.rstrip('/')}/{place.path}".rstrip("/") if root else place.path
+
+
+@lru_cache(maxsize=64)
+def _connect(server: str) -> tuple["FileSystem", str]:
+    """The file system of a server and the path of its root; one for each server in a process."""
+    from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
+
+    scheme, _, rest = server.partition("://")
+    if scheme in _ARROW_SCHEMES:
+        host, mark, settings = rest.partition("?")
+        system, root = FileSystem.from_uri(f"{scheme}://{host}/{mark}{settings}")
+        return system, root
+    from fsspec.core import url_to_fs
+
+    system, root = url_to_fs(server)
+    return PyFileSystem(FSSpecHandler(system)), root
+
+
+@contextmanager
+def _reporting() -> Iterator[None]:
+    try:
+        yield
+    except RemoteError:
+        raise
+    except Exception as error:
+        # Each storage library has errors of its own. Whatever they are, the caller has to say one sentence to the user,
+        # or to list one file as a reject and go on.
+        raise RemoteError(explain(error)) from None

@@ -1,0 +1,243 @@
+"""An external sort of images: chunks of a source become sorted runs on disk, and the runs are merged into parts.
+
+Rows are ordered by (key, source), where the key is a hash of the seed and the content, so the order does not depend on
+the chunks. Every file gets its name when it is complete, and a chunk's or part's record is written last: what is there
+after a kill is taken over as it is.
+"""
+
+import bisect
+import hashlib
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from spice_ray.readers.parts import PartFormat, write_part
+from spice_ray.readers.records import Chunk
+from spice_ray.readers.rows import KEY_BYTES, Rejected, Row, read_rows
+from spice_ray.storage import read_json, write_json
+
+NUM_BINS = 1 << 16
+"""Keys are counted by their first two bytes."""
+_LABEL_ROWS = pa.schema([("sample_id", pa.int64()), ("name", pa.string())])
+
+
+class Task(NamedTuple):
+    """What both passes need to know."""
+
+    folder: Path
+    """Of the runs; every process sees it."""
+    format: PartFormat
+    seed: int
+    run_bytes: int
+    """Most bytes of images that a run holds, and a process with it."""
+
+
+class Part(NamedTuple):
+    """Which rows of all runs a part holds."""
+
+    number: int
+    first_id: int
+    """Rank of its first row among all rows, and its sample id."""
+    rows: int
+    first_bin: int
+    stop_bin: int
+    """All its rows have keys in these bins."""
+    skip: int
+    """Rows of the first bin that belong to the part before."""
+
+
+def write_runs(chunk: Chunk, index: int, task: Task) -> dict[str, Any]:
+    """Read, decode and sort a chunk.
+
+    Args:
+        chunk: What to read.
+        index: Its number in the source.
+        task: Where to and how.
+
+    Returns:
+        The chunk's record, which is on disk then: ``runs`` (names of files), ``rows``, ``rejects`` (pairs of source and
+        reason) and ``digest``, the sum of a hash of each row or reject.
+    """
+    file = task.folder / f"chunk-{index:06d}.json"
+    if file.exists():
+        known: dict[str, Any] = read_json(file)
+        return known
+    record: dict[str, Any] = {"runs": [], "rows": 0, "rejects": [], "digest": 0}
+    rows = read_rows(chunk, image_size=task.format.image_size, seed=task.seed, stored=task.format.stored)
+    for run in _bounded(rows, record, task.run_bytes):
+        name = f"chunk-{index:06d}-{len(record['runs']):04d}.arrow"
+        _write_run(task.folder / name, run, task.format)
+        record["runs"].append(name)
+        record["rows"] += len(run)
+    write_json(file, record)
+    return record
+
+
+def _bounded(rows: Iterator[Row | Rejected], record: dict[str, Any], run_bytes: int) -> Iterator[list[Row]]:
+    """The rows in groups of bounded size; notes rejects and the digest in ``record``."""
+    run, held = list[Row](), 0
+    for row in rows:
+        if isinstance(row, Rejected):
+            record["rejects"].append(list(row))
+            record["digest"] = _added(record["digest"], b"reject " + row.source.encode())
+            continue
+        record["digest"] = _added(record["digest"], row.key + row.source.encode())
+        run.append(row)
+        held += len(row.image)
+        if held >= run_bytes:
+            yield run
+            run, held = [], 0
+    if run:
+        yield run
+
+
+def _added(digest: int, content: bytes) -> int:
+    # A sum does not depend on the order in which chunks are read.
+    return (digest + digest_of(content)) % (1 << 128)
+
+
+def digest_of(content: bytes) -> int:
+    """A number of 128 bits."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=16).digest(), "little")
+
+
+def _run_schema(format_: PartFormat) -> pa.Schema:
+    fields = [("source", pa.string()), ("split", pa.string()), ("image", image_type(format_)), ("label", pa.string())]
+    return pa.schema([("key", pa.binary(KEY_BYTES)), *fields])
+
+
+def image_type(format_: PartFormat) -> pa.DataType:
+    """Of the ``image`` column."""
+    return pa.binary() if format_.stored == "encoded" else pa.binary(3 * format_.image_size**2)
+
+
+def _write_run(file: Path, rows: list[Row], format_: PartFormat) -> None:
+    rows.sort(key=lambda row: (row.key, row.source.encode()))
+    schema = _run_schema(format_)
+    columns = [pa.array(values, field.type) for values, field in zip(zip(*rows, strict=True), schema, strict=True)]
+    temporary = _temporary(file)
+    with pa.ipc.new_file(str(temporary), schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
+    os.replace(temporary, file)
+
+
+def count_bins(folder: Path, runs: list[str]) -> NDArray[np.int64]:
+    """How many rows of the runs have keys in each bin, (NUM_BINS,); reads the keys alone."""
+    counts = np.zeros(NUM_BINS, np.int64)
+    for name in runs:
+        keys = _keys(_open_run(folder / name)).reshape(-1, KEY_BYTES)
+        bins = keys[:, 0].astype(np.int64) << 8 | keys[:, 1]
+        counts += np.bincount(bins, minlength=NUM_BINS)
+    return counts
+
+
+def plan_parts(counts: NDArray[np.int64], num_parts: int) -> list[Part]:
+    """Cut all rows, in the order of their keys, into parts of equal size; the first ones hold one row more.
+
+    Args:
+        counts: Rows per bin, (NUM_BINS,).
+        num_parts: At least 1; parts are empty where there are fewer rows.
+    """
+    below = np.concatenate([[0], np.cumsum(counts)])  # rows in lower bins
+    share, more = divmod(int(below[-1]), num_parts)
+    parts, first = list[Part](), 0
+    for index in range(num_parts):
+        rows = share + (index < more)
+        first_bin = max(0, int(np.searchsorted(below, first, side="right")) - 1)
+        stop_bin = int(np.searchsorted(below, first + rows, side="left"))
+        parts.append(Part(index, first, rows, first_bin, stop_bin, first - int(below[min(first_bin, NUM_BINS)])))
+        first += rows
+    return parts
+
+
+def merge_part(part: Part, runs: list[str], task: Task) -> dict[str, Any]:
+    """Write one part from the runs.
+
+    Args:
+        part: Which rows.
+        runs: The files of all runs.
+        task: Where they are, and where the part goes.
+
+    Returns:
+        The part's record, which is on disk then: what the manifest says of the file (``name``, ``rows``, ``splits``,
+        ``crc32``).
+    """
+    record_file = task.folder / f"part-{part.number:05d}.json"
+    name = f"part-{part.number:05d}.parquet"
+    # Parts leave the folder when they are published, and a kill may come before that is done.
+    if record_file.exists() and (task.folder / name).exists():
+        known: dict[str, Any] = read_json(record_file)
+        return known
+    rows = _rows_of(part, runs, task)
+    ids = pa.array(np.arange(part.first_id, part.first_id + part.rows), pa.int64())
+    temporary = _temporary(task.folder / name)
+    crc32 = write_part(temporary, rows.select(["source", "split", "image"]).add_column(0, "sample_id", ids))
+    os.replace(temporary, task.folder / name)
+    labels = pa.table([ids, rows["label"]], _LABEL_ROWS).filter(rows["label"].is_valid())
+    _write_labels(task.folder / f"labels-{part.number:05d}.arrow", labels)
+    splits = dict(sorted(Counter(rows["split"].to_pylist()).items()))
+    record = {"name": name, "rows": part.rows, "splits": splits, "crc32": crc32}
+    write_json(record_file, record)
+    return record
+
+
+def _write_labels(file: Path, labels: pa.Table) -> None:
+    temporary = _temporary(file)
+    with pa.ipc.new_file(str(temporary), _LABEL_ROWS) as writer:
+        writer.write_table(labels)
+    os.replace(temporary, file)
+
+
+def _temporary(file: Path) -> Path:
+    """A name of its own: a node that was given up for lost may still be writing the same file."""
+    return file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}")
+
+
+def read_labels(folder: Path, part: int) -> pa.Table:
+    """Sample ids and names of the labels of a part's rows, those that have one."""
+    return _open_run(folder / f"labels-{part:05d}.arrow")
+
+
+def _rows_of(part: Part, runs: list[str], task: Task) -> pa.Table:
+    if part.rows == 0:
+        return _run_schema(task.format).empty_table()
+    slices = [_slice_of(_open_run(task.folder / name), part) for name in runs]
+    rows = pa.concat_tables(piece for piece in slices if len(piece))
+    order = sorted(
+        zip(
+            rows["key"].to_pylist(),
+            (name.encode() for name in rows["source"].to_pylist()),
+            range(len(rows)),
+            strict=True,
+        )
+    )
+    chosen = [position for _, _, position in order[part.skip : part.skip + part.rows]]
+    return rows.take(pa.array(chosen, pa.int64())).combine_chunks()
+
+
+def _slice_of(run: pa.Table, part: Part) -> pa.Table:
+    keys = _keys(run)
+
+    def bin_of(row: int) -> int:
+        return int(keys[row * KEY_BYTES]) << 8 | int(keys[row * KEY_BYTES + 1])
+
+    start = bisect.bisect_left(range(len(run)), part.first_bin, key=bin_of)
+    stop = bisect.bisect_left(range(len(run)), part.stop_bin, key=bin_of)
+    return run.slice(start, stop - start)
+
+
+def _keys(run: pa.Table) -> NDArray[np.uint8]:
+    return np.frombuffer(run["key"].chunk(0).buffers()[1], np.uint8)[: len(run) * KEY_BYTES]
+
+
+def _open_run(file: Path) -> pa.Table:
+    """A run without reading it: columns are views of the mapped file."""
+    with pa.memory_map(str(file)) as mapped:
+        return pa.ipc.open_file(mapped).read_all()
