@@ -36,7 +36,7 @@ from tests.hostile.sound import ORDINARY
 
 CLASS, NEIGHBOUR = "class", "class/neighbour.png"
 SECONDS, SECONDS_WITH_RAY = 20, 90
-NUM_CLEAN, BLOCK, REPEATS, SIZE = 2000, 25, 5, 128
+NUM_CLEAN, BLOCK, REPEATS, SIZE = 1000, 25, 5, 128
 
 Found = list[tuple[str, Any]]
 """Name and pixels, uint8 (3, H, W), or the reason of a reject."""
@@ -111,9 +111,9 @@ def _judge(case: Case, read: Reader) -> str:
             return "crash"
 
 
-def _serve(connection: Connection, read: Reader) -> None:
-    """Judge the cases that come through the connection; they are named, because some do not travel."""
-    by_name = {case.name: case for case in cases()}
+def _serve(connection: Connection, read: Reader, known: list[Case]) -> None:
+    """Judge the cases that are named through the connection; they themselves cannot travel."""
+    by_name = {case.name: case for case in known}
     while name := connection.recv():
         connection.send(_judge(by_name[name], read))
 
@@ -123,7 +123,7 @@ def _serve_ray(connection: Connection) -> None:
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    _serve(connection, read_ray_images)
+    _serve(connection, read_ray_images, cases())
 
 
 class Helper:
@@ -162,7 +162,7 @@ class Helper:
 
 def judge_alone(case: Case, read: Reader) -> str:
     """The verdict of a process that does nothing else."""
-    helper = Helper(_serve, read, method="fork", seconds=SECONDS)
+    helper = Helper(_serve, read, [case], method="fork", seconds=SECONDS)
     try:
         return helper.judge(case)
     finally:

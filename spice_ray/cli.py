@@ -44,7 +44,7 @@ app = typer.Typer(
 )
 
 Data = Annotated[
-    str, typer.Option(help="Image folder, Parquet file or folder of them, image shards, or the word digits.")
+    str, typer.Option(help="Images: a folder, files, a list or a URL (see README), image shards, or the word digits.")
 ]
 Out = Annotated[Path, typer.Option(help="Run folder; the same command again goes on where it stopped.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as num_clusters=20 or heads.count=5.")]
@@ -80,7 +80,7 @@ def demo(out: Out = Path("runs/demo"), overrides: Overrides = None, verbose: Ver
 
 @app.command()
 def ingest(
-    source: Annotated[str, typer.Argument(help="Image folder, Parquet file or folder of them, or the word digits.")],
+    source: Annotated[str, typer.Argument(help="A folder, files, a list or a URL (see README), or the word digits.")],
     out: Annotated[Path, typer.Argument(help="Folder for the image shards.")],
     size: Annotated[int, typer.Option(help="Side of the images in the shards, pixels.", min=8, max=1024)],
     seed: Annotated[int, typer.Option(help="Decides the order of the rows.", min=0)] = 0,

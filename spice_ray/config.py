@@ -155,7 +155,7 @@ class Scale(Settings):
     """Actors that share the heads; none: one per head where the cluster has room, else one per free processor."""
     head_gpus: Annotated[float, Field(ge=0)] = 0
     resident_memory: NonNegativeFloat | None = None
-    """GiB of images that a training worker may hold; it streams them where they are more. None: half of what is free."""
+    """GiB of images that a training worker may hold; more are streamed. None: half of what is free."""
     skip_damaged: bool = False
     """Go on without the images of damaged shard files, the one setting here that may change a result."""
     checkpoint_seconds: PositiveFloat = 30

@@ -63,7 +63,7 @@ def prepare(
         check_shards(recipe, shards)
         return Prepared(claim(out, recipe, identity), recipe, None, path)
     source = open_source(data, labels_from_folders)
-    identity = {"path": data, "digest": f"{source.kind}-{source.listing_digest()}"}
+    identity = {"path": _shown(data), "digest": f"{source.kind}-{source.listing_digest()}"}
     check_held(out, recipe, identity)
     from spice_ray.readers.rows import count_rows
 
@@ -163,6 +163,13 @@ def cluster(
     prepared = prepare(load_recipe(recipe, settings), data, Path(out))
     run(prepared, reporter or ConsoleReporter())
     return pq.read_table(Path(out) / "assignments.parquet")
+
+
+def _shown(data: str) -> str:
+    """The source as run.json names it: without the keys that a URL may hold."""
+    from spice_ray.readers.places import is_url, place_of
+
+    return str(place_of(data)) if is_url(data) else data
 
 
 def _pipeline(prepared: Prepared, reporter: Reporter) -> "Pipeline":

@@ -67,7 +67,7 @@ def shards(root: Path, name: str, rows: int, size: int, split: str) -> None:
 def digits_identity() -> dict[str, str]:
     from spice_ray.readers.digits import DigitsSource
 
-    return {"path": "digits", "digest": f"digits-{DigitsSource().listing_digest()}-False"}
+    return {"path": "digits", "digest": f"digits-{DigitsSource().listing_digest()}"}
 
 
 def write_settings(folder: Path) -> None:
@@ -95,9 +95,13 @@ REFUSED = {
     "missing path": (run_on("{here}/nowhere"), "{here}/nowhere does not exist; give a folder of images"),
     "empty folder": (run_on("{here}/empty"), "the folder {here}/empty is empty; give"),
     "no image": (run_on("{here}/texts"), "{here}/texts holds no image, only 1 other files; give"),
-    "other file": (run_on("{here}/typo.yaml"), "is neither a folder nor a .parquet file; give"),
+    "other file": (run_on("{here}/typo.yaml"), "is neither a folder nor a file of a kind that is read; give"),
     "half a Parquet file": (run_on("{here}/half.parquet"), "half.parquet is not a readable Parquet file"),
-    "URL": (run_on("s3://bucket/photos"), "s3://bucket/photos is a URL, which is not supported yet"),
+    "URL of no server": (
+        run_on("s3://key:secret@bucket/photos?endpoint_override=127.0.0.1:9&scheme=http"),
+        "s3://bucket/photos cannot be reached",
+    ),
+    "URL of no kind": (run_on("ftp9://bucket/photos"), "Protocol not known: ftp9"),
     "two sets of shards": (run_on("{here}/two"), "{here}/two does not hold exactly one finished set"),
     "shards of another size": (run_on("{here}/large"), "hold images of 32 pixels and the recipe asks for"),
     "shards without a train split": (run_on("{here}/test", "protocol=split"), "protocol=split needs images of a train"),
@@ -202,7 +206,7 @@ def test_verbose_adds_the_place_of_an_error_and_keeps_sentence_and_exit_code(tmp
     done = subprocess.run(called, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=60)
     assert done.returncode == 2
     assert done.stderr.startswith("Traceback")
-    assert done.stderr.splitlines()[-1].startswith("spice-ray: nowhere does not exist")
+    assert done.stderr.splitlines()[-1].endswith("the word digits")
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:

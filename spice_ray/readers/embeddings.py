@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from spice_ray.errors import DataError
-from spice_ray.readers.local import digest_files, row_prefix, sum_sizes
+from spice_ray.readers.local import digest_files, row_prefix
 from spice_ray.readers.npy import describe, has_labels, known_label, map_labels, map_npy
 from spice_ray.readers.packed import PackedFile, PackedSource, Row
 from spice_ray.readers.records import TRAIN, Chunk
@@ -76,9 +76,9 @@ class EmbeddingSource:
         """32 hex digits over the names, sizes and modification times of the files that hold embeddings."""
         return digest_files(self.kind, [(file.name, str(file)) for file in self.files])
 
-    def encoded_bytes(self) -> int | None:
-        """The sum of the files' sizes; None where one cannot be found."""
-        return sum_sizes(map(str, self.files))
+    def encoded_bytes(self) -> None:
+        """None: the rows are plain numbers and no encoded files, which shards could hold as they are."""
+        return None
 
     def chunks(self, rows_per_chunk: int) -> list[Chunk]:
         """The rows in chunks that never cross a file.

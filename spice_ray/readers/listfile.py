@@ -128,7 +128,7 @@ def open_parquet_list(file: Found, schema: pa.Schema) -> ListSource:
     assert column is not None, schema
     beside = columns_beside(schema, file.place)
     try:
-        with open_input(file.place) as input_, pq.ParquetFile(input_) as opened:
+        with open_input(file.place) as input_, pq.ParquetFile(input_, pre_buffer=bool(file.place.server)) as opened:
             batches = opened.iter_batches(columns=[column, *beside])
             items = [item for batch in batches for item in _items(batch, column)]
     except Exception as error:

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from spice_ray.errors import DataError
-from spice_ray.readers.local import digest_files, sum_sizes
+from spice_ray.readers.local import digest_files
 from spice_ray.readers.records import Chunk, Record, Unreadable
 
 if TYPE_CHECKING:
@@ -137,9 +137,9 @@ class PackedSource:
         """32 hex digits over the names, sizes and modification times of the files that hold the rows."""
         return digest_files(self.kind, [(os.path.basename(file.path), file.path) for file in self.files])
 
-    def encoded_bytes(self) -> int | None:
-        """The sum of the files' sizes; None where one cannot be found."""
-        return sum_sizes(file.path for file in self.files)
+    def encoded_bytes(self) -> None:
+        """None: the rows are plain numbers and no encoded files, which shards could hold as they are."""
+        return None
 
     def chunks(self, rows_per_chunk: int) -> list[Chunk]:
         """The rows in chunks that never cross a file.

@@ -75,7 +75,7 @@ class _Kept:
         _, shape, dtype, is_fortran, data = self._state
         if dtype._arguments[0] not in (b"u1", "u1"):
             raise TypeError
-        if min(shape) < 0 or math.prod(shape) != len(data):
+        if math.prod(shape) != len(data):
             raise ValueError
         return np.frombuffer(data, np.uint8).reshape(shape, order="F" if is_fortran else "C")
 

@@ -11,6 +11,8 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 # Settings of a file system, such as ?region=eu-west-1&endpoint_override=host:9000; a single ? is part of a glob.
 _SETTINGS = re.compile(r"\?(?=[a-z_]+=)")
 _USER = re.compile(r"//[^/@\s]*@")
+# Name, status of a nameless error, and details; what follows in brackets is the number of the request.
+_AWS_ERROR = re.compile(r"AWS Error (?:UNKNOWN \((HTTP status \d+)\)|([A-Z_]+))(?:.*?Details: ([^(]*))?", re.DOTALL)
 _MAX_REASON = 200
 
 
@@ -95,10 +97,10 @@ def without_user(url: str) -> str:
 
 def explain(error: BaseException) -> str:
     """Why a file system or a server failed: one line, the same in every run, without secrets."""
-    aws = re.search(r"AWS Error ([A-Z_]+)(?:.*?Details: ([^(]*))?", str(error), re.DOTALL)
+    aws = _AWS_ERROR.search(str(error))
     if aws is not None:
-        code = aws[1].lower().replace("_", " ")
-        return f"{code}: {_one_line(aws[2])}" if aws[2] else code
+        code = aws[1] or aws[2].lower().replace("_", " ")
+        return f"{code}: {_one_line(aws[3])}" if aws[3] else code
     number = getattr(error, "errno", None)
     if isinstance(number, int):
         return os.strerror(number)

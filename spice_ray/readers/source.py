@@ -151,6 +151,8 @@ def _open_list(files: Sequence[Found]) -> Source:
 
 
 def _open_arrays(files: Sequence[Found]) -> Source:
+    # A pattern catches the labels beside an array too.
+    files = [file for file in files if not file.place.name.endswith(".labels.npy")] or files
     paths = _local(files)
     return open_embeddings(paths) if holds_embeddings(paths[0]) else open_array(Path(_single(files).place.path))
 

@@ -93,7 +93,7 @@ def check_lanes(shards: Shards, num_lanes: int, name: str) -> None:
 
 def find_damaged(shards: Shards) -> frozenset[str]:
     """The files whose bytes are not those that were written; reads every file once."""
-    files = _per_file(shards.readable, 1).map_batches(partial(_check, folder=shards.path), batch_size=None)
+    files = _per_file(shards.readable).map_batches(partial(_check, folder=shards.path), batch_size=None)
     return frozenset(row["name"] for row in files.iter_rows() if not row["intact"])
 
 
@@ -105,15 +105,20 @@ def _check(batch: dict[str, list[object]], folder: Path) -> dict[str, list[objec
 def read_files(shards: Shards, files: list[ShardFile], num_cpus: float = 1) -> ray.data.Dataset:
     """A Ray Data stream of files, one block each, in the order given; images are decoded."""
     read = partial(_read, folder=shards.path, format_=shards.format)
-    return _per_file(files, num_cpus).map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=num_cpus)
+    return _per_file(files).map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=num_cpus)
 
 
-def _per_file(files: list[ShardFile], num_cpus: float) -> ray.data.Dataset:
+def prepare_context() -> None:
+    """Set Ray Data up in this process: blocks keep their order and their size, and errors stay what they are."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    # A part is read whole, whatever its size.
     context.target_max_block_size = None
+    context.raise_original_map_exception = True
+
+
+def _per_file(files: list[ShardFile]) -> ray.data.Dataset:
+    prepare_context()
     return ray.data.from_items([asdict(file) for file in files], override_num_blocks=len(files))
 
 

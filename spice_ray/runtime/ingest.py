@@ -26,6 +26,7 @@ from spice_ray.readers.parts import PartFormat
 from spice_ray.readers.records import Chunk, Source
 from spice_ray.readers.rows import count_rows
 from spice_ray.readers.runs import Task, count_bins, merge_part, plan_parts, read_labels, write_runs
+from spice_ray.runtime.data import prepare_context
 from spice_ray.runtime.progress import Done, Reporter
 from spice_ray.storage import Artifact, fingerprint, publish, reporting_disk_errors
 
@@ -110,6 +111,7 @@ def _on_the_cluster(items: list[Any], work: Callable[[Any], dict[str, Any]]) -> 
     """``work`` on every item, one task each, as Ray Data finds room; records in any order."""
     if not items:
         return
+    prepare_context()
     # Pickled by us: Ray would turn objects into columns of its own kind, and file names need not be valid text.
     rows = [{"item": pickle.dumps(item)} for item in items]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))

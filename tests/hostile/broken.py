@@ -80,8 +80,7 @@ def _corrupt() -> Iterator[File]:
     yield "corrupt header", "flipped-frame.jpg", _no_components(), f"{NO_IMAGE}|{DAMAGED}"
     yield "corrupt header", "flipped-directory.tif", flipped(encode(NOISE, "TIFF"), 4, 5, 6, 7), f"{NO_IMAGE}|{DAMAGED}"
     yield "corrupt middle", "flipped-middle.png", flipped(noise, len(noise) // 2), CORRUPT
-    # So few bytes of pixels that the damage decompresses without an error, into wrong colours.
-    yield "corrupt middle", "flipped-smooth.png", flipped(picture, -20), CORRUPT
+    yield "corrupt middle", "altered.png", _altered(), CORRUPT
     yield "corrupt middle", "flipped-middle.webp", _flipped_webp(), DAMAGED
     yield "corrupt middle", "zeros-in-middle.png", patched(noise, 4000, bytes(999)), CORRUPT
 
@@ -107,14 +106,21 @@ def _bombs() -> Iterator[File]:
     yield "bombs", "bomb.bmp", patched(encode(NOISE, "BMP"), 18, struct.pack("<ii", 50000, 50000)), TOO_LARGE
     tags = encode(inks(), "TIFF")
     yield "bombs", "bomb.tif", _with_sides(tags, 50000), TOO_LARGE
-    # 64 MB of zeros as a comment of 64 kB.
-    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(64 << 20), 9))
+    # 8 MB of zeros as a comment of 8 kB.
+    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(8 << 20), 9))
     yield "bombs", "bomb-comment.png", png(PICTURE, extra=text), CORRUPT
 
 
 def _no_components() -> bytes:
     data = jpeg(NOISE)
     return patched(data, data.index(b"\xff\xc0") + 9, b"\0")
+
+
+def _altered() -> bytes:
+    """A PNG whose pixels decompress without an error, into other colours than its checksum was made of."""
+    black = png(np.zeros_like(PICTURE))
+    start, end = black.index(b"IDAT") + 4, -16
+    return black[:end] + struct.pack(">I", zlib.crc32(b"IDAT" + flipped(black[start:end], 9))) + black[end + 4 :]
 
 
 def _flipped_webp() -> bytes:

@@ -5,13 +5,13 @@ python -m tests.hostile.fuzz SEED COUNT prints one JSON object.
 
 import json
 import random
-import resource
 import sys
 from collections import Counter
 
 import numpy as np
 
 from spice_ray.readers.decode import Reject, decode
+from tests.hostile.memory import peak_megabytes
 from tests.hostile.pictures import PICTURE, encode, jpeg, png, with_exif
 
 SIZE = 16
@@ -70,10 +70,9 @@ def main(seed: int, count: int) -> None:
     """Print how often each outcome came, and by how many MB the peak of the memory rose."""
     draw, files = random.Random(seed), originals()
     counts = Counter(outcome(data) for data in files)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_megabytes()
     counts += Counter(outcome(mutated(draw.choice(files), draw)) for _ in range(count))
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"outcomes": counts, "megabytes": (after - before) / 1024}))
+    print(json.dumps({"outcomes": counts, "megabytes": peak_megabytes() - before}))
 
 
 if __name__ == "__main__":

@@ -145,8 +145,6 @@ def test_the_digest_follows_the_images_and_not_the_place(tmp_path: Path) -> None
     before = source.listing_digest()
     (tmp_path / "a").rename(tmp_path / "b")
     assert opened(tmp_path / "b").listing_digest() == before
-    assert source.encoded_bytes() is None
-    assert opened(tmp_path / "b").encoded_bytes() == 12 * 3073
     (tmp_path / "b" / "test_batch.bin").write_bytes(bytes(3 * 3073))
     assert opened(tmp_path / "b").listing_digest() != before
     assert len(before) == 32

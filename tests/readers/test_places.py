@@ -77,6 +77,7 @@ def test_a_name_is_shown_as_valid_text() -> None:
     [
         (FileNotFoundError(errno.ENOENT, "whatever a library says"), "No such file or directory"),
         (OSError("When x: AWS Error ACCESS_DENIED during HeadObject operation: No response body."), "access denied"),
+        (OSError("AWS Error UNKNOWN (HTTP status 500) during HeadObject operation: No response."), "HTTP status 500"),
         (
             OSError("AWS Error NETWORK_CONNECTION during X operation: curlCode: 7; Details: No route (Request ID: 4f)"),
             "network connection: No route",

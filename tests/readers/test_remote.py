@@ -1,4 +1,5 @@
 import io
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spice_ray.readers.source import Unreadable, open_source
+from tests.readers.answering import answering, serving
 from tests.readers.conftest import S3
 from tests.readers.sample_files import (
     IMAGES,
@@ -162,21 +164,27 @@ def test_a_bucket_or_a_folder_that_does_not_exist_is_refused(s3: S3) -> None:
     assert "holds no image, only 1 other files" in refused(f"s3://{s3.bucket}/other")
 
 
-def test_keys_that_are_missing_or_unknown_are_refused(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_that_the_server_does_not_know_are_refused(s3: S3) -> None:
     s3.put("images/a.png", png(0))
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
     reset = f"http://{s3.address}/moto-api/reset-auth"
     text = {"Content-Type": "text/plain"}
     urlopen(Request(reset, b"0", text, method="POST")).close()
     try:
-        for user in ("", "KEY:SECRET@", "anonymous@"):
-            sentence = refused(f"s3://{user}{s3.bucket}/images")
-            assert sentence.startswith(f"s3://{s3.bucket}/images cannot be reached (")
-            assert sentence.endswith("); check the URL, the network and the credentials")
-            assert "SECRET" not in sentence
+        assert refused(f"s3://KEY:SECRET@{s3.bucket}/images") == (
+            f"s3://{s3.bucket}/images cannot be reached (access denied); check the URL, the network and the credentials"
+        )
     finally:
         urlopen(Request(reset, b"inf", text, method="POST")).close()
+
+
+@pytest.mark.parametrize("user", ["", "anonymous@"])
+def test_a_bucket_that_is_closed_to_those_without_keys_is_refused(user: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    # As S3 answers HEAD: the status and no body.
+    with serving(answering(403)) as url:
+        settings = f"?endpoint_override={url.removeprefix('http://')}&scheme=http&region=us-east-1"
+        assert "s3://closed/images cannot be reached (access denied)" in refused(f"s3://{user}closed/images{settings}")
 
 
 def test_a_server_that_is_not_there_is_refused_in_a_few_seconds() -> None:

@@ -34,7 +34,8 @@ def put_stl10(folder: Path) -> Path:
 def test_stl10_has_labels_1_to_10_and_a_part_without(tmp_path: Path, rows_per_chunk: int) -> None:
     source = opened(put_stl10(tmp_path))
     found = records(source, rows_per_chunk)
-    assert (source.kind, source.encoded_bytes()) == ("stl10", 12 * 27648)
+    # Pixels: no shard can hold them as encoded files.
+    assert (source.kind, source.encoded_bytes()) == ("stl10", None)
     assert [(record.source, record.split, record.label) for record in found] == [
         ("stl10/train/00000", "train", 1),
         ("stl10/train/00001", "train", 10),

@@ -1,10 +1,7 @@
 import time
 import tracemalloc
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import pytest
@@ -12,6 +9,7 @@ import pytest
 from spice_ray.readers import files
 from spice_ray.readers import web as web_reader
 from spice_ray.readers.source import Unreadable, open_source
+from tests.readers.answering import answering, serving
 from tests.readers.conftest import S3
 from tests.readers.sample_files import (
     IMAGES,
@@ -27,36 +25,6 @@ from tests.readers.sample_files import (
 )
 
 GONE = Unreadable("the file cannot be read: No such file or directory")
-
-
-def answering(status: int, body: bytes = b"", *, announced: int | None = None, failures: int = 0) -> type:
-    """A handler that gives one answer, after 503 for the first requests."""
-    left = [failures]
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            left[0] -= 1
-            self.send_response(503 if left[0] >= 0 else status)
-            self.send_header("Content-Length", str(len(body) if announced is None else announced))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    return Handler
-
-
-@contextmanager
-def serving(handler: type) -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def test_the_web_has_lists_archives_and_parquet_files(web: str, web_root: Path) -> None:
