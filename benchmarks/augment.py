@@ -110,7 +110,7 @@ OPERATIONS: tuple[Callable[[Any, float], Any], ...] = (
     lambda image, _: image,
     lambda image, _: tv.autocontrast(image),
     lambda image, _: tv.equalize(image),
-    lambda image, strength: tv.solarize(image, 256 * strength),
+    lambda image, strength: tv.solarize(image, 255 * strength),
     lambda image, strength: tv.posterize(image, 4 + int(4 * strength)),
     lambda image, strength: tv.adjust_brightness(image, 0.05 + 0.9 * strength),
     lambda image, strength: tv.adjust_contrast(image, 0.05 + 0.9 * strength),

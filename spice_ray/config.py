@@ -237,7 +237,11 @@ def check_images(recipe: Recipe, num_images: int, num_train: int) -> None:
         ConfigError: There is no image to train on, or K, a batch or the queue is larger than the data.
     """
     if num_train == 0:
-        raise ConfigError("protocol=split needs images of a train split and there are none; use protocol=whole")
+        advice = "name their folder or file otherwise" if recipe.protocol == "whole" else "use protocol=whole"
+        raise ConfigError(
+            f"protocol={recipe.protocol} needs images of a train split and there are none, only of test or unlabeled; "
+            f"{advice}"
+        )
     if recipe.num_clusters > num_train:
         raise ConfigError(
             f"num_clusters={recipe.num_clusters} is more than the {num_train} images there are to cluster; "

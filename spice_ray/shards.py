@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from spice_ray.config import Recipe, check_images
-from spice_ray.contracts import LABELS, SHARDS, TRAIN_SPLITS
+from spice_ray.contracts import LABELS, SHARDS
 from spice_ray.errors import ConfigError, DataError
 from spice_ray.storage import Artifact, open_artifact
 
@@ -48,10 +48,25 @@ def check_shards(recipe: Recipe, shards: Artifact) -> None:
             f"the shards hold images of {size} pixels and the recipe asks for "
             f"image.size={recipe.image.size}; ingest again, or set image.size={size}"
         )
-    if recipe.protocol == "whole":
-        check_images(recipe, shards.manifest["num_images"], shards.manifest["num_images"])
-    else:
-        check_images(recipe, sum(splits.get(name, 0) for name in TRAIN_SPLITS), splits.get("train", 0))
+    counts = [
+        sum(
+            count
+            for name, count in splits.items()
+            if (counted := splits_of(recipe.protocol, first)) is None or name in counted
+        )
+        for first in (True, False)
+    ]
+    check_images(recipe, *counts)
+
+
+def splits_of(protocol: str, first_stage: bool) -> tuple[str, ...] | None:
+    """The splits that a stage sees; stage 1 alone sees the unlabeled part. None: all.
+
+    Whole: everything for everything else; split: what is not test.
+    """
+    if protocol == "whole":
+        return None if first_stage else ("train", "test")
+    return ("train", "unlabeled") if first_stage else ("train",)
 
 
 def _open(folder: Path) -> Artifact | None:

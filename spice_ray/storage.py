@@ -19,7 +19,7 @@ from typing import Any
 
 from spice_ray.errors import StorageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,10 @@ def open_source(data: str, labels_from_folders: bool = False) -> "Source":
     from spice_ray.readers.source import open_source as find
 
     known_by_path = data != "digits" and os.path.exists(data)
-    return find(os.path.abspath(data) if known_by_path else data, labels_from_folders)
+    source = find(os.path.abspath(data) if known_by_path else data, labels_from_folders)
+    if source.kind == "embeddings":
+        raise DataError(f"{data} holds embeddings, which cannot be clustered yet; give the images")
+    return source
 
 
 def run(prepared: Prepared, reporter: Reporter, *, verbose: bool = False) -> Artifact:

@@ -17,15 +17,20 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from spice_ray.core import image_ops, order
-from spice_ray.core.image_ops import replace_rows
+from spice_ray.core import color, image_ops, order
+from spice_ray.core.image_ops import CropTaps, crop_taps, replace_rows
 from spice_ray.core.operations import OPERATIONS, apply_operations
 
 _DRAWN_OPERATIONS = 4
 _CROP_TRIES = 10
 _NORMAL_LEVELS = 4096
-_CACHE_ELEMENTS = 3 * 128 * 32 * 32
-"""Values of a batch that pass through all operations before the next: about what a core's cache holds."""
+_ROW = 3 * 32 * 32
+# How many values of a batch pass through all operations before the next ones, on each core. More rows share the cost of
+# a call, fewer rows stay in the cache with everything that is made of them on the way.
+_MANY_STEPS = 48 * _ROW
+_FEW_STEPS = 128 * _ROW
+_LEVELS = 512 * _ROW
+"""For operations on uint8, each of which meets a few rows."""
 
 
 class WarpRange(NamedTuple):
@@ -56,8 +61,11 @@ class Augmentation:
 
     def plain(self, images: Tensor) -> Tensor:
         """The images themselves, normalised."""
-        return self._normalise(images.float(), peak=255)
+        result = _trainable(images)
+        self._normalise(images.float(), 255, result)
+        return result
 
+    @torch.inference_mode()
     def contrastive(self, images: Tensor, draws: Tensor, key: int) -> Tensor:
         """A query or a key of stage 1 (SPICE III-A; natural: the views of MoCo-v2)."""
         match self.family:
@@ -68,6 +76,7 @@ class Augmentation:
             case "none":
                 return self.plain(images)
 
+    @torch.inference_mode()
     def weak(self, images: Tensor, draws: Tensor, key: int) -> Tensor:
         """A weak view (SPICE III-B and III-C; natural: crop from a border of S // 8 black pixels, and mirror)."""
         match self.family:
@@ -78,6 +87,7 @@ class Augmentation:
             case "none":
                 return self.plain(images)
 
+    @torch.inference_mode()
     def strong(self, images: Tensor, draws: Tensor, key: int) -> Tensor:
         """A strong view (SPICE III-B and III-C; natural: mirror, four operations out of 14, and Cutout)."""
         match self.family:
@@ -89,77 +99,103 @@ class Augmentation:
                 return self.plain(images)
 
     def _natural_contrastive(self, images: Tensor, draws: Tensor, key: int) -> Tensor:
-        def view(rows: Tensor, boxes: Tensor, flips: Tensor, factors: Tensor, grey: Tensor, sigmas: Tensor) -> Tensor:
-            rows = image_ops.resized_crop(rows.float().mul_(1 / 255), boxes, flips)
-            rows = replace_rows(rows, factors[:, 0] > 0, image_ops.jitter_color, rows, factors)
-            rows = replace_rows(rows, grey, lambda colored: image_ops.luma(colored).expand_as(colored), rows)
-            if images.shape[-1] > 32:
-                rows = replace_rows(rows, sigmas > 0, image_ops.gaussian_blur, rows, sigmas)
-            return self._normalise(rows, peak=1)
+        side = images.shape[-1]
 
-        flips = coin(draws, key, "flip", 0.5)
-        grey = coin(draws, key, "grey", 0.2)
-        sigmas = blur_sigmas(draws, key)
-        return _by_cache(view, images, crop_boxes(draws, key), flips, jitter_factors(draws, key), grey, sigmas)
+        def view(out: Tensor, rows: Tensor, steps: Tensor, grey: Tensor, *params: Tensor) -> None:
+            rows = image_ops.resized_crop(rows, CropTaps(*params[:4])).clamp_max_(1)
+            rows = color.fade(color.jitter_color(rows, steps), grey)
+            for sigmas in params[4:]:
+                rows = replace_rows(rows, sigmas > 0, image_ops.gaussian_blur, rows, sigmas)
+            self._normalise(rows, 1, out)
+
+        flips, grey = coin(draws, key, "flip", 0.5), coin(draws, key, "grey", 0.2).float()
+        taps, factors = crop_taps(crop_boxes(draws, key), flips, side), jitter_factors(draws, key)
+        # The first step of the colour jitter, brightness, and the scale of the levels are one gain of the crop.
+        taps = taps._replace(row_shares=taps.row_shares * (factors[:, :1] * (1 / 255))[:, None])
+        blur = [blur_sigmas(draws, key)] if side > 32 else []
+        return _by_cache(view, _MANY_STEPS, images, color.jitter_steps(factors[:, 1:]), grey, *taps, *blur)
 
     def _natural_weak(self, images: Tensor, draws: Tensor, key: int) -> Tensor:
-        def view(rows: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
-            return self.plain(image_ops.padded_crop(rows, shifts, flips))
+        border = images.shape[-1] // 8
 
-        shifts = crop_shifts(draws, key, images.shape[-1] // 8)
-        return _by_cache(view, images, shifts, coin(draws, key, "flip", 0.5))
+        def view(out: Tensor, rows: Tensor, shifts: Tensor, flips: Tensor) -> None:
+            self._normalise(image_ops.padded_crop(rows, border, shifts, flips).float(), 255, out)
+
+        return _by_cache(view, _FEW_STEPS, images, crop_shifts(draws, key, border), coin(draws, key, "flip", 0.5))
 
     def _natural_strong(self, images: Tensor, draws: Tensor, key: int) -> Tensor:
-        def view(rows: Tensor, flips: Tensor, operations: Tensor, strengths: Tensor, boxes: Tensor) -> Tensor:
+        def view(
+            out: Tensor, rows: Tensor, flips: Tensor, operations: Tensor, strengths: Tensor, boxes: Tensor
+        ) -> None:
             rows = image_ops.flip_rows(rows, flips)
             for slot in range(_DRAWN_OPERATIONS):
                 rows = apply_operations(rows, operations[:, slot], strengths[:, slot])
-            return image_ops.cut_out(self.plain(rows), boxes)
+            self._normalise(rows.float(), 255, out)
+            image_ops.cut_out(out, boxes)
 
         operations, strengths = drawn_operations(draws, key)
         boxes = cutout_boxes(draws, key, images.shape[-1])
-        return _by_cache(view, images, coin(draws, key, "flip", 0.5), operations, strengths, boxes)
+        return _by_cache(view, _LEVELS, images, coin(draws, key, "flip", 0.5), operations, strengths, boxes)
 
     def _digits_weak(self, images: Tensor, draws: Tensor, key: int) -> Tensor:
-        def view(rows: Tensor, matrices: Tensor) -> Tensor:
-            return self._normalise(image_ops.warp(rows.float(), matrices), peak=255)
+        def view(out: Tensor, rows: Tensor, matrices: Tensor) -> None:
+            self._normalise(image_ops.warp(rows.float(), matrices), 255, out)
 
-        return _by_cache(view, images, warp_matrices(draws, key, DIGITS_WEAK))
+        return _by_cache(view, _FEW_STEPS, images, warp_matrices(draws, key, DIGITS_WEAK))
 
     def _digits_strong(self, images: Tensor, draws: Tensor, key: int) -> Tensor:
         side = images.shape[-1]
 
-        def view(rows: Tensor, matrices: Tensor, points: Tensor, tables: Tensor, draws: Tensor) -> Tensor:
+        def view(out: Tensor, rows: Tensor, matrices: Tensor, points: Tensor, tables: Tensor, draws: Tensor) -> None:
             warped = image_ops.warp(rows.float(), matrices, image_ops.elastic_field(points, side))
             # Back to 256 levels: a power of each pixel would round differently in the last elements of a tensor.
             inked = image_ops.look_up(warped.add_(0.5).long(), tables)
             noise = normal(draws, order.stream_key(key, "noise"), side * side).view(len(draws), 1, side, side)
-            return self._normalise(inked.add_(noise.mul_(0.05)), peak=1)
+            self._normalise(inked.add_(noise.mul_(0.05)), 1, out)
 
         matrices = warp_matrices(draws, key, DIGITS_STRONG)
         points = elastic_points(draws, key)
-        return _by_cache(view, images, matrices, points, intensity_tables(draws, key), draws)
+        return _by_cache(view, _FEW_STEPS, images, matrices, points, intensity_tables(draws, key), draws)
 
-    def _normalise(self, images: Tensor, peak: float) -> Tensor:
-        """Normalise values in [0, peak]; writes over ``images``."""
-        scale = tuple(1 / (peak * std) for std in self.std)
-        offset = tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
-        return images.mul_(_per_channel(scale, images.device)).add_(_per_channel(offset, images.device))
+    def _normalise(self, images: Tensor, peak: float, out: Tensor) -> None:
+        """Normalise float32 values in [0, peak] into ``out``; writes over ``images`` too."""
+        scale, offset = _normalisation(self.mean, self.std, peak, images.device)
+        torch.add(images.mul_(scale), offset, out=out)
 
 
 @cache
-def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+def _normalisation(
+    mean: tuple[float, ...], std: tuple[float, ...], peak: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
     # Cached because copying numbers to an accelerator waits for it.
-    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+    scale = torch.tensor([1 / (peak * deviation) for deviation in std], device=device)
+    offset = torch.tensor([-average / deviation for average, deviation in zip(mean, std, strict=True)], device=device)
+    return scale.view(-1, 1, 1), offset.view(-1, 1, 1)
 
 
-def _by_cache(view: Callable[..., Tensor], images: Tensor, *params: Tensor) -> Tensor:
-    """``view(images, *params)``; on the CPU in as many rows at a time as fit the caches, since rows are independent."""
-    rows = len(images)
+def _trainable(images: Tensor) -> Tensor:
+    """An empty tensor for the views of ``images`` that a model can be trained on.
+
+    Augmentation runs in inference mode, which spares each of its many small operations a look at autograd, but what is
+    made there is of no use to autograd.
+    """
+    with torch.inference_mode(False):
+        return torch.empty(images.shape, device=images.device)
+
+
+def _by_cache(view: Callable[..., None], values: int, images: Tensor, *params: Tensor) -> Tensor:
+    """The tensor that ``view(out, images, *params)`` fills, each row for itself.
+
+    On the CPU the rows come in parts of about ``values`` values for each thread, because the operations are limited by
+    memory and not by arithmetic.
+    """
+    result = _trainable(images)
+    rows = max(1, len(images))
     if images.device.type == "cpu":
-        rows = max(1, _CACHE_ELEMENTS * torch.get_num_threads() // images[:1].numel()) if rows else 1
-    parts = zip(*(torch.split(values, rows) for values in (images, *params)), strict=True)
-    return torch.cat([view(*part) for part in parts])
+        rows = max(1, values * torch.get_num_threads() // max(1, images[:1].numel()))
+    for part in zip(*(torch.split(tensor, rows) for tensor in (result, images, *params)), strict=True):
+        view(*part)
+    return result
 
 
 def _symmetric(draws: Tensor, key: int, name: str, columns: int) -> Tensor:
@@ -183,23 +219,23 @@ def crop_boxes(draws: Tensor, key: int) -> Tensor:
     """
     numbers = order.uniform(order.stream_key(key, "crop"), draws, 2 * _CROP_TRIES + 2).double()
     area = 0.2 + 0.8 * numbers[:, :_CROP_TRIES]
-    ratio = torch.exp(math.log(4 / 3) * (numbers[:, _CROP_TRIES:-2] * 2 - 1))
-    size = torch.stack((torch.sqrt(area / ratio), torch.sqrt(area * ratio)), dim=2)  # (B, tries, 2)
-    fits = (size <= 1).all(dim=2)
-    first = fits.to(torch.uint8).argmax(dim=1)[:, None, None].expand(-1, 1, 2)
-    size = torch.where(fits.any(dim=1)[:, None], size.gather(1, first)[:, 0], 1.0)
+    log_ratio = math.log(4 / 3) * (numbers[:, _CROP_TRIES:-2] * 2 - 1)
+    fits = area <= torch.exp(-log_ratio.abs())
+    first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
+    area, ratio = area.gather(1, first), torch.exp(log_ratio.gather(1, first))
+    size = torch.cat((torch.sqrt(area / ratio), torch.sqrt(area * ratio)), dim=1)  # (B, 2)
+    size = torch.where(fits.any(dim=1)[:, None], size.clamp_(max=1), 1.0)
     return torch.cat((numbers[:, -2:] * (1 - size), size), dim=1).float()
 
 
 def jitter_factors(draws: Tensor, key: int) -> Tensor:
     """Factors of brightness, contrast and saturation in 1 +- 0.4 and hue's shift in +-0.1 turns, float32, (B, 4).
 
-    A fifth of the rows is left alone: all four are 0.
+    A fifth of the rows is left alone: the factors are 1 and the shift is 0.
     """
     numbers = order.uniform(order.stream_key(key, "jitter"), draws, 5).double()
-    shifts = numbers[:, :4] * 2 - 1
-    factors = torch.cat((1 + 0.4 * shifts[:, :3], 0.1 * shifts[:, 3:]), dim=1)
-    return torch.where(numbers[:, 4:] < 0.8, factors, 0.0).float()
+    shifts = torch.where(numbers[:, 4:] < 0.8, numbers[:, :4] * 2 - 1, 0.0)
+    return torch.cat((1 + 0.4 * shifts[:, :3], 0.1 * shifts[:, 3:]), dim=1).float()
 
 
 def blur_sigmas(draws: Tensor, key: int) -> Tensor:

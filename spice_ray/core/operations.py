@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from spice_ray.core.image_ops import blend, look_up, luma, replace_rows, warp
+from spice_ray.core.color import blend, luma
+from spice_ray.core.image_ops import look_up, replace_rows, warp
 
 OPERATIONS = (
     "identity",
@@ -103,8 +104,8 @@ def _flatten_contrast(images: Tensor, strength: Tensor) -> Tensor:
 
 
 def _fade_color(images: Tensor, strength: Tensor) -> Tensor:
-    colored = images.float()
-    return blend(colored, luma(colored).floor_(), _enhancement(strength)).clamp_(0, 255).to(torch.uint8)
+    colored, factor = images.float(), _enhancement(strength)[:, None]
+    return blend(colored, luma(colored).floor_(), factor, 1 - factor).clamp_(0, 255).to(torch.uint8)
 
 
 def _soften(images: Tensor, strength: Tensor) -> Tensor:
@@ -113,7 +114,8 @@ def _soften(images: Tensor, strength: Tensor) -> Tensor:
     inner = sharp[:, :, 1:-1, 1:-1]
     # PIL's SMOOTH kernel, ones around a 5; the border is left as it is.
     smooth = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + inner * 4).div_(13).round_()
-    inner.copy_(blend(inner.clone(), smooth, _enhancement(strength)))
+    factor = _enhancement(strength)[:, None]
+    inner.copy_(blend(inner.clone(), smooth, factor, 1 - factor))
     return sharp.clamp_(0, 255).to(torch.uint8)
 
 

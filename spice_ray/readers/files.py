@@ -194,8 +194,15 @@ def _refused(place: Place, error: remote.RemoteError) -> str:
 
 
 def _read_local(path: str) -> bytes | Unreadable:
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_FILE_BYTES:
-            return Unreadable(f"the file has {size} bytes, more than the {MAX_FILE_BYTES} that are read")
+    with open(path, "rb", opener=_open_at_once) as file:
+        info = os.fstat(file.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            return Unreadable("the file cannot be read: it is a pipe or a device")
+        if info.st_size > MAX_FILE_BYTES:
+            return Unreadable(f"the file has {info.st_size} bytes, more than the {MAX_FILE_BYTES} that are read")
         return file.read()
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    # A list may name a pipe: opening one that nobody writes to would wait for ever.
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import ray.data
 import torch
 
-from spice_ray.contracts import TRAIN_SPLITS, ShardFile
+from spice_ray.contracts import ShardFile
 from spice_ray.core.lanes import Lanes, ResidentLanes, Rows, ServedLanes, Stream
 from spice_ray.core.streaming import Ahead, StreamedLanes
 from spice_ray.errors import ConfigError
@@ -20,7 +20,7 @@ from spice_ray.readers.parts import PartFormat, images_of, is_intact, read_part
 from spice_ray.storage import Artifact
 
 # Ray Data starts anew for each of these; the tables that are then still in the worker's queue bridge the pause.
-_FILES_PER_EXECUTION = 512
+_FILES_PER_EXECUTION = 128
 _TABLES_AHEAD = 4
 # Reading waits for storage and checksums; several readers share a processor with the training worker.
 _CPUS_PER_READER = 0.25
@@ -68,13 +68,6 @@ def open_shards(artifact: Artifact, splits: tuple[str, ...] | None, damaged: fro
         files.append(ShardFile(file["name"], first_id, file["rows"], counted, file["crc32"]))
         first_id += file["rows"]
     return Shards(artifact.path, PartFormat(manifest["image_size"], manifest["stored"]), files, splits, damaged)
-
-
-def splits_of(protocol: str, *, unlabeled: bool) -> tuple[str, ...] | None:
-    """The splits that a training stage sees; stage 1 alone sees the unlabeled part."""
-    if protocol == "whole":
-        return None
-    return TRAIN_SPLITS if unlabeled else ("train",)
 
 
 def check_lanes(shards: Shards, num_lanes: int, name: str) -> None:
@@ -176,8 +169,9 @@ def _executions(shards: Shards, files: Iterator[ShardFile]) -> Generator[Rows]:
 
 
 def _counted_rows(shards: Shards, files: list[ShardFile], num_cpus: float) -> Iterator[Rows]:
-    for table in read_files(shards, files, num_cpus).iter_batches(batch_size=None, batch_format="pyarrow"):
-        if shards.splits is not None:
+    tables = read_files(shards, files, num_cpus).iter_batches(batch_size=None, batch_format="pyarrow")
+    for file, table in zip(files, tables, strict=True):
+        if file.num_counted < file.rows:
             table = table.filter(pc.is_in(table["split"], pa.array(shards.splits)))
         images = torch.from_numpy(images_of(table, shards.image_size).copy())
         yield Rows(images, torch.from_numpy(table["sample_id"].to_numpy().copy()))

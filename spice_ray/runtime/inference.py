@@ -191,10 +191,14 @@ def final_loss(logits: torch.Tensor, pooled: torch.Tensor, recipe: Recipe) -> fl
 
 def training_ids(shards: Shards) -> NDArray[np.int64]:
     """Sample ids that count for training, int64, ascending."""
-    ids = readable_ids(shards)
-    if shards.splits is None:
+    return np.concatenate([np.empty(0, np.int64), *(_counted_ids(shards, file) for file in shards.readable)])
+
+
+def _counted_ids(shards: Shards, file: ShardFile) -> NDArray[np.int64]:
+    ids = np.arange(file.first_id, file.first_id + file.rows)
+    if file.num_counted == file.rows:
         return ids
-    return ids[pc.is_in(_column(shards, "split", shards.readable), pa.array(shards.splits)).to_numpy()]
+    return ids[pc.is_in(_column(shards, "split", [file]), pa.array(shards.splits)).to_numpy()]
 
 
 def readable_ids(shards: Shards) -> NDArray[np.int64]:

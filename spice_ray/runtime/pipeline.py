@@ -16,14 +16,14 @@ from spice_ray.config import Recipe, num_neighbors, perfect_loss
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, ENCODER, HEADS, JOINT, LABELS, RELIABLE
 from spice_ray.errors import StorageError
 from spice_ray.run_folder import RunFolder
-from spice_ray.runtime.data import Shards, check_lanes, find_damaged, open_shards, splits_of
+from spice_ray.runtime.data import Shards, check_lanes, find_damaged, open_shards
 from spice_ray.runtime.heads import open_bank, publish_heads, train_heads
 from spice_ray.runtime.inference import publish_assignments, publish_embedding, training_ids
 from spice_ray.runtime.progress import Done, Reporter, watched
 from spice_ray.runtime.reliable import check_clusters, publish_reliable, why_skip
 from spice_ray.runtime.train import fit
 from spice_ray.runtime.workers import JointJob, PretrainJob, publish_skipped, run_joint, run_pretrain
-from spice_ray.shards import check_shards
+from spice_ray.shards import check_shards, splits_of
 from spice_ray.storage import Artifact, fingerprint, open_artifact
 
 Show = Callable[[Done], None]
@@ -74,12 +74,12 @@ class Pipeline:
     @cached_property
     def pretrain_shards(self) -> Shards:
         """The images that stage 1 sees."""
-        return open_shards(self.shards_artifact, splits_of(self.recipe.protocol, unlabeled=True), self.damaged)
+        return open_shards(self.shards_artifact, splits_of(self.recipe.protocol, first_stage=True), self.damaged)
 
     @cached_property
     def train_shards(self) -> Shards:
         """The images that stages 2 and 3 see."""
-        return open_shards(self.shards_artifact, splits_of(self.recipe.protocol, unlabeled=False), self.damaged)
+        return open_shards(self.shards_artifact, splits_of(self.recipe.protocol, first_stage=False), self.damaged)
 
     @cached_property
     def encoder(self) -> Artifact:

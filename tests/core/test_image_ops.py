@@ -9,71 +9,58 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
 from spice_ray.core import augment, image_ops, order
+from tests.core.photos import photos
 
 KEY = order.stream_key(0, "test", 0)
 
 
-def photos(count: int, side: int, seed: int = 0) -> Tensor:
-    """Smooth colourful gradients with some noise, uint8."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 4, 4, generator=generator) * 230
-    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=True)
-    return (smooth + torch.rand(count, 3, side, side, generator=generator) * 25).to(torch.uint8)
+def crop(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
+    return image_ops.resized_crop(images, image_ops.crop_taps(boxes, flips, images.shape[-1]))
 
 
-def test_the_whole_image_as_a_crop_is_the_image():
-    images = photos(3, 32) / 255
+@pytest.mark.parametrize("side", [2, 9, 32, 37])
+def test_the_whole_image_as_a_crop_is_the_image(side):
+    images = photos(3, side)
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(3, 4)
-    kept = image_ops.resized_crop(images, whole, torch.zeros(3, dtype=torch.bool))
-    torch.testing.assert_close(kept, images, rtol=0, atol=2e-5)
-    mirrored = image_ops.resized_crop(images, whole, torch.ones(3, dtype=torch.bool))
-    torch.testing.assert_close(mirrored, images.flip(-1), rtol=0, atol=2e-5)
+    assert torch.equal(crop(images, whole, torch.zeros(3, dtype=torch.bool)), images.float())
+    assert torch.equal(crop(images, whole, torch.ones(3, dtype=torch.bool)), images.flip(-1).float())
 
 
 @pytest.mark.parametrize(("top", "left", "height", "width"), [(0, 0, 16, 16), (5, 8, 20, 24), (3, 1, 9, 30)])
 def test_a_crop_on_pixel_borders_is_torchvisions_but_for_its_edge(top, left, height, width):
-    images = photos(2, 32) / 255
+    images = photos(2, 32)
     box = torch.tensor([[top, left, height, width]]).expand(2, 4) / 32
-    result = image_ops.resized_crop(images, box, torch.zeros(2, dtype=torch.bool))
-    expected = reference.resized_crop(images, top, left, height, width, [32, 32], antialias=False)
+    result = crop(images, box, torch.zeros(2, dtype=torch.bool)) / 255
+    expected = reference.resized_crop(images / 255, top, left, height, width, [32, 32], antialias=False)
     torch.testing.assert_close(result[:, :, 3:-3, 3:-3], expected[:, :, 3:-3, 3:-3], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "factors",
-    [
-        (1, 1, 1, 0),
-        (0.6, 1, 1, 0),
-        (1.4, 1, 1, 0),
-        (1, 0.6, 1, 0),
-        (1, 1.4, 1, 0),
-        (1, 1, 0.6, 0),
-        (1, 1, 1.4, 0),
-        (1, 1, 1, 0.1),
-        (1, 1, 1, -0.1),
-        (1.3, 0.7, 1.2, 0.07),
-    ],
-)
-def test_color_jitter_does_what_torchvisions_functions_do_in_turn(factors):
-    images = torch.rand(6, 3, 20, 20, generator=torch.Generator().manual_seed(1))
-    images[0], images[1, :2], images[2] = 0.5, 0.25, images[2, :1].clone()  # flat, two equal channels, grey
-    brightness, contrast, saturation, hue = factors
-    expected = reference.adjust_brightness(images, brightness)
-    expected = reference.adjust_contrast(expected, contrast)
-    expected = reference.adjust_saturation(expected, saturation)
-    expected = reference.adjust_hue(expected, hue)
-    result = image_ops.jitter_color(images.clone(), torch.tensor([factors]).expand(6, 4).float())
-    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("side", [9, 32, 96])
+def test_any_crop_is_the_bilinear_sampling_of_torch(side):
+    images = torch.randint(0, 256, (40, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    boxes, flips = augment.crop_boxes(torch.arange(40), KEY), augment.coin(torch.arange(40), KEY, "flip", 0.5)
+    boxes[0], boxes[1], boxes[2] = torch.tensor([[0.0, 0, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5], [0.0, 0, 1, 1]])
+    centers = ((torch.arange(side, dtype=torch.float64) + 0.5) * 2 / side - 1)[None]
+    top, left, height, width = boxes.double()[:, :, None].unbind(1)
+    across = torch.where(flips[:, None], -centers, centers) * width + (left * 2 + width - 1)
+    down = centers * height + (top * 2 + height - 1)
+    grid = torch.stack(torch.broadcast_tensors(across[:, None, :], down[:, :, None]), dim=3)
+    expected = torch.nn.functional.grid_sample(images.double(), grid, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(crop(images, boxes, flips).double(), expected, rtol=0, atol=6e-3)  # of 255
 
 
-@pytest.mark.parametrize(
-    "color", [(1, 0, 0), (1, 1, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 0, 1), (0, 0, 0), (1, 1, 1)]
-)
-@pytest.mark.parametrize("turns", [-1 / 6, -0.1, 0, 0.1, 1 / 6])
-def test_hue_turns_at_the_corners_of_the_color_cube(color, turns):
-    image = torch.tensor(color, dtype=torch.float32).view(1, 3, 1, 1)
-    result = image_ops.shift_hue(image.clone(), torch.tensor([turns]))
-    torch.testing.assert_close(result, reference.adjust_hue(image, turns), rtol=0, atol=2e-6)
+def test_columns_of_a_crop_are_mixed_without_rounding():
+    images = torch.randint(0, 256, (30, 3, 37, 37), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    boxes = augment.crop_boxes(torch.arange(30), KEY)
+    boxes[:, 0], boxes[:, 2] = 0, 1  # all rows, each as it is
+    taps = image_ops.crop_taps(boxes, torch.zeros(30, dtype=torch.bool), 37)
+    left, right = (
+        images.double().gather(3, taps.columns[:, k, None, None].expand_as(images))
+        * taps.column_shares[:, k, None, None]
+        for k in (0, 1)
+    )
+    assert torch.equal(image_ops.resized_crop(images, taps).double(), left + right)
+    assert torch.equal((taps.column_shares * (1 << 16)).frac(), torch.zeros(30, 2, 37))
 
 
 @pytest.mark.parametrize("side", [40, 64, 96])

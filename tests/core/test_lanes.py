@@ -269,9 +269,10 @@ def test_what_the_reader_raises_is_raised_by_the_batch_that_needs_it() -> None:
             yield rows_of(images(), file)
 
     lanes = StreamedLanes(serve(shard_files(FILES), [0, 1, 2, 3], 4), Stream(KEY, 2, 4), files, CPU)
+    steps = iter(range(100))
     with pytest.raises(OSError, match="is damaged"):
-        for step in range(100):
-            lanes.batch(step)
+        all(lanes.batch(step).images.any() or True for step in steps)
+    assert next(steps) > 1  # batches that were whole came before
     lanes.close()
 
 

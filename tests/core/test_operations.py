@@ -10,17 +10,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
 from spice_ray.core import augment, operations, order
+from tests.core.photos import photos
 
 KEY = order.stream_key(0, "test", 0)
 MANY = torch.arange(20_000)
-
-
-def photos(count: int, side: int, seed: int = 0) -> Tensor:
-    """Smooth colourful gradients with some noise, uint8."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 4, 4, generator=generator) * 230
-    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=True)
-    return (smooth + torch.rand(count, 3, side, side, generator=generator) * 25).to(torch.uint8)
 
 
 def assert_within_one_level(result: Tensor, expected: Tensor, most_different: float) -> None:

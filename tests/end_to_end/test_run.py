@@ -10,8 +10,15 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 
 from spice_ray import workflow
+from spice_ray.core.lanes import serve
 from spice_ray.errors import SpiceError
 from spice_ray.evaluate import evaluate
+from spice_ray.readers.source import open_source
+from spice_ray.run_folder import RunFolder
+from spice_ray.runtime.data import load_rows
+from spice_ray.runtime.inference import training_ids
+from spice_ray.runtime.ingest import ingest
+from spice_ray.runtime.pipeline import Pipeline
 from spice_ray.runtime.tune import SilentReporter
 from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, cluster, small_recipe
 
@@ -88,6 +95,12 @@ def test_a_folder_of_the_same_bytes_gives_the_same_rows(finished: Path, corpus: 
     tables = [pq.read_table(run / "assignments.parquet").drop_columns(["source"]) for run in (folder, finished)]
     assert tables[0].equals(tables[1])
     assert not list((folder / "artifacts").glob("labels-*"))
+    # Labels can be asked for when the run is finished.
+    before = digests(folder)
+    with_labels = workflow.prepare(small_recipe(), str(corpus.folder), folder, labels_from_folders=True)
+    workflow.run(with_labels, SilentReporter())
+    assert digests(folder) == before
+    assert evaluate(folder)["n"] == NUM_IMAGES
 
 
 def test_two_workers_compute_what_one_does(copied: Path, corpus: Corpus, tmp_path: Path) -> None:
@@ -114,6 +127,28 @@ def test_thresholds_that_keep_nothing_skip_stage_3(copied: Path, corpus: Corpus,
     assert not any(table["reliable"].to_pylist())
     heads = next((run / "artifacts").glob("heads-*"))
     assert table["cluster"].to_pylist() == np.load(heads / "assignments.npy").tolist()
+
+
+def test_the_unlabeled_part_of_a_collection_is_seen_by_stage_1_alone(
+    corpus: Corpus, tmp_path: Path, local_ray: None
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    table = pq.read_table(corpus.parquet)
+    for name, start in (("train", 0), ("test", 300), ("unlabeled", 400)):
+        pq.write_table(table.slice(start, 300 if name == "train" else 100), source / f"{name}.parquet")
+    for protocol, first, others in (("whole", 500, 400), ("split", 400, 300)):
+        recipe = small_recipe(f"protocol={protocol}", "pretrain.queue_size=64")
+        shards, _ = ingest(
+            open_source(str(source)), tmp_path / "shards", image_size=16, seed=0, reporter=SilentReporter()
+        )
+        pipeline = Pipeline(RunFolder(tmp_path, tmp_path), recipe, shards, None, SilentReporter())
+        assert (pipeline.pretrain_shards.num_counted, pipeline.train_shards.num_counted) == (first, others)
+        assert len(training_ids(pipeline.pretrain_shards)) == first
+        lanes = serve(pipeline.train_shards.files, [0], 1)
+        assert (
+            load_rows(pipeline.train_shards, lanes).sample_ids.tolist() == training_ids(pipeline.train_shards).tolist()
+        )
 
 
 def test_the_split_protocol_trains_on_train_and_scores_on_test(corpus: Corpus, tmp_path: Path, local_ray: None) -> None:
@@ -152,15 +187,13 @@ def damage(run: Path, part: str) -> int:
     return next(file["rows"] for file in files if file["name"] == part)
 
 
-@pytest.mark.parametrize("memory", ["scale.resident_memory=null", "scale.resident_memory=0"])
-def test_a_damaged_part_stops_training_with_its_name(copied: Path, corpus: Corpus, memory: str) -> None:
-    damage(copied, "part-00005.parquet")
-    with pytest.raises(SpiceError, match=r"part-00005\.parquet is damaged .* scale\.skip_damaged=true"):
-        cluster(corpus.parquet, copied, memory)
-
-
-def test_a_damaged_part_is_left_out_where_that_is_allowed(copied: Path, corpus: Corpus) -> None:
+def test_a_damaged_part_stops_training_with_its_name_or_is_left_out_where_that_is_allowed(
+    copied: Path, corpus: Corpus
+) -> None:
     lost = damage(copied, "part-00005.parquet")
+    for memory in ("null", "0"):
+        with pytest.raises(SpiceError, match=r"part-00005\.parquet is damaged .* scale\.skip_damaged=true"):
+            cluster(corpus.parquet, copied, f"scale.resident_memory={memory}")
     cluster(corpus.parquet, copied, "scale.skip_damaged=true")
     table = pq.read_table(copied / "assignments.parquet")
     assert len(table) == NUM_IMAGES - lost
@@ -168,11 +201,3 @@ def test_a_damaged_part_is_left_out_where_that_is_allowed(copied: Path, corpus: 
     assert evaluate(copied)["n"] == NUM_IMAGES - lost
     # Nothing of a run without the images is taken for one with them.
     assert json.loads((copied / "run.json").read_text())["damaged"] == ["part-00005.parquet"]
-
-
-def test_labels_can_be_added_to_a_finished_run(corpus: Corpus, finished: Path, tmp_path: Path) -> None:
-    run = cluster(corpus.folder, tmp_path / "run")
-    before = digests(run)
-    workflow.run(workflow.prepare(small_recipe(), str(corpus.folder), run, labels_from_folders=True), SilentReporter())
-    assert digests(run) == before
-    assert evaluate(run)["n"] == NUM_IMAGES

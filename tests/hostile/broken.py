@@ -28,7 +28,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
 
 def bomb() -> bytes:
-    """A PNG of 69 bytes that says it has 2.5 billion pixels."""
+    """A PNG of 65 bytes that says it has 2.5 billion pixels."""
     return png_header(50000, 50000, 8, 2) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 

@@ -87,7 +87,7 @@ def test_the_same_bytes_in_parquet_give_the_same_pixels_and_reasons(
     assert len(found) == len(contents) > 100
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(30)
 def test_a_list_of_the_same_files_gives_the_same_and_refuses_what_is_no_file(corpus: Path, tmp_path: Path) -> None:
     # Whoever writes a list names what the reader of a folder passes over: folders, pipes and devices.
     cases_ = [case for case in CASES if os.fsencode(case.name) == case.source.encode() and not case.vanishes]
