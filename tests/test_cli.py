@@ -226,7 +226,13 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
 def test_an_interrupt_says_how_to_go_on_and_exits_with_130(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "run.json")
     process = subprocess.Popen(
-        command("evaluate", str(tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        command("evaluate", str(tmp_path)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        # A test run in the background ignores Ctrl-C, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     # Opening succeeds when the command reads, and it reads for as long as the pipe is open.
     with (tmp_path / "run.json").open("w"):

@@ -72,7 +72,10 @@ def connected(scale: Scale, *, verbose: bool) -> Iterator[None]:
 
 def find_spice_error(error: BaseException | None) -> SpiceError | None:
     """The error of ours that Ray wrapped, as often as it did, or None."""
-    while error is not None and not isinstance(error, SpiceError):
+    import ray
+
+    # What Ray raises for an error of ours is of both classes, and its text is a traceback.
+    while error is not None and (isinstance(error, ray.exceptions.RayError) or not isinstance(error, SpiceError)):
         error = getattr(error, "cause", None) or error.__cause__
     return error
 

@@ -116,7 +116,7 @@ def _work(config: dict[str, Any]) -> str | None:
         host = Host(device, wrap_ddp, progress, image_budget(scale, device, sharing))
         config["run"](job, host)
     except (SpiceError, ray.exceptions.RayError) as error:
-        # What went wrong in a reading task comes wrapped.
+        # What went wrong in a task that reads comes wrapped.
         ours = find_spice_error(error)
         if ours is None:
             raise
