@@ -55,6 +55,11 @@ def test_settings_and_the_command_line_load_without_torch_and_ray(module):
     assert [name for name in loaded if name in ("torch", "ray", "torchvision", "faiss", "sklearn")] == []
 
 
+@pytest.mark.parametrize("module", ["spice_ray.runtime.reading", "spice_ray.runtime.ingest"])
+def test_tasks_that_read_start_without_torch(module):
+    assert run(f"import sys, {module}\nprint('torch' in sys.modules)") == "False\n"
+
+
 def test_a_recipe_is_checked_without_torch_and_ray():
     script = """
 import sys, spice_ray.cli

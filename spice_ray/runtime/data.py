@@ -3,20 +3,20 @@
 import itertools
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray.data
 import torch
 
 from spice_ray.contracts import ShardFile
 from spice_ray.core.lanes import Lanes, ResidentLanes, Rows, ServedLanes, Stream
 from spice_ray.core.streaming import Ahead, StreamedLanes
 from spice_ray.errors import ConfigError
-from spice_ray.readers.parts import PartFormat, images_of, is_intact, read_part
+from spice_ray.readers.parts import PartFormat, images_of
+from spice_ray.runtime.reading import read_parts
 from spice_ray.storage import Artifact
 
 # Ray Data starts anew for each of these; the tables that are then still in the worker's queue bridge the pause.
@@ -84,41 +84,6 @@ def check_lanes(shards: Shards, num_lanes: int, name: str) -> None:
             )
 
 
-def find_damaged(shards: Shards) -> frozenset[str]:
-    """The files whose bytes are not those that were written; reads every file once."""
-    files = _per_file(shards.readable).map_batches(partial(_check, folder=shards.path), batch_size=None)
-    return frozenset(row["name"] for row in files.iter_rows() if not row["intact"])
-
-
-def _check(batch: dict[str, list[object]], folder: Path) -> dict[str, list[object]]:
-    files = [ShardFile(**dict(zip(batch, row, strict=True))) for row in zip(*batch.values(), strict=True)]
-    return {"name": [file.name for file in files], "intact": [is_intact(folder, file) for file in files]}
-
-
-def read_files(shards: Shards, files: list[ShardFile], num_cpus: float = 1) -> ray.data.Dataset:
-    """A Ray Data stream of files, one block each, in the order given; images are decoded."""
-    read = partial(_read, folder=shards.path, format_=shards.format)
-    return _per_file(files).map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=num_cpus)
-
-
-def prepare_context() -> None:
-    """Set Ray Data up in this process: blocks keep their order and their size, and errors stay what they are."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.target_max_block_size = None
-    context.raise_original_map_exception = True
-
-
-def _per_file(files: list[ShardFile]) -> ray.data.Dataset:
-    prepare_context()
-    return ray.data.from_items([asdict(file) for file in files], override_num_blocks=len(files))
-
-
-def _read(batch: pa.Table, folder: Path, format_: PartFormat) -> pa.Table:
-    return pa.concat_tables(read_part(folder, ShardFile(**row), format_) for row in batch.to_pylist())
-
-
 @contextmanager
 def open_lanes(
     shards: Shards, lanes: ServedLanes, streams: list[Stream], device: torch.device, budget: int
@@ -169,7 +134,9 @@ def _executions(shards: Shards, files: Iterator[ShardFile]) -> Generator[Rows]:
 
 
 def _counted_rows(shards: Shards, files: list[ShardFile], num_cpus: float) -> Iterator[Rows]:
-    tables = read_files(shards, files, num_cpus).iter_batches(batch_size=None, batch_format="pyarrow")
+    tables = read_parts(shards.path, files, shards.format, num_cpus).iter_batches(
+        batch_size=None, batch_format="pyarrow"
+    )
     for file, table in zip(files, tables, strict=True):
         if file.num_counted < file.rows:
             table = table.filter(pc.is_in(table["split"], pa.array(shards.splits)))

@@ -18,7 +18,8 @@ from spice_ray.config import Recipe, Scale
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, Bank, ShardFile
 from spice_ray.core.prototypes import unsupervised_loss
 from spice_ray.readers.parts import images_of
-from spice_ray.runtime.data import Shards, read_files
+from spice_ray.runtime.data import Shards
+from spice_ray.runtime.reading import read_parts
 from spice_ray.runtime.reliable import read_reliable
 from spice_ray.runtime.weights import load_encoder, load_joint
 from spice_ray.runtime.workers import augmentation_of
@@ -103,7 +104,7 @@ def map_images(
     """Send every shard file through a pool of ``scale.workers`` actors and hand the rows to ``take``."""
     files = shards.readable
     total = sum(file.rows for file in files)
-    outputs = read_files(shards, files).map_batches(
+    outputs = read_parts(shards.path, files, shards.format).map_batches(
         actor,
         fn_constructor_args=(job,),
         batch_size=None,

@@ -26,8 +26,8 @@ from spice_ray.readers.parts import PartFormat
 from spice_ray.readers.records import Chunk, Source
 from spice_ray.readers.rows import count_rows
 from spice_ray.readers.runs import Task, count_bins, merge_part, plan_parts, read_labels, write_runs
-from spice_ray.runtime.data import prepare_context
 from spice_ray.runtime.progress import Done, Reporter
+from spice_ray.runtime.reading import prepare_context
 from spice_ray.storage import Artifact, fingerprint, publish, reporting_disk_errors
 
 _RUN_BYTES = (8 << 20, 128 << 20)

@@ -16,10 +16,11 @@ from spice_ray.config import Recipe, num_neighbors, perfect_loss
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, ENCODER, HEADS, JOINT, LABELS, RELIABLE
 from spice_ray.errors import StorageError
 from spice_ray.run_folder import RunFolder
-from spice_ray.runtime.data import Shards, check_lanes, find_damaged, open_shards
+from spice_ray.runtime.data import Shards, check_lanes, open_shards
 from spice_ray.runtime.heads import open_bank, publish_heads, train_heads
 from spice_ray.runtime.inference import publish_assignments, publish_embedding, training_ids
 from spice_ray.runtime.progress import Done, Reporter, watched
+from spice_ray.runtime.reading import find_damaged
 from spice_ray.runtime.reliable import check_clusters, publish_reliable, why_skip
 from spice_ray.runtime.train import fit
 from spice_ray.runtime.workers import JointJob, PretrainJob, publish_skipped, run_joint, run_pretrain
@@ -57,7 +58,7 @@ class Pipeline:
         if not self.recipe.scale.skip_damaged:
             return frozenset()
         shards = open_shards(self.shards_artifact, None)
-        damaged = find_damaged(shards)
+        damaged = find_damaged(shards.path, shards.readable)
         if damaged:
             lost = sum(file.rows for file in shards.files if file.name in damaged)
             self.reporter.note(

@@ -19,9 +19,10 @@ from spice_ray.errors import DataError, StorageError
 from spice_ray.readers.decode import decode
 from spice_ray.readers.parts import PartFormat, read_part
 from spice_ray.readers.source import open_source
-from spice_ray.runtime.data import find_damaged, load_rows, open_shards
+from spice_ray.runtime.data import load_rows, open_shards
 from spice_ray.runtime.ingest import ingest
 from spice_ray.runtime.progress import Done, Reporter
+from spice_ray.runtime.reading import find_damaged
 from spice_ray.runtime.tune import SilentReporter
 from spice_ray.shards import find_shards
 from spice_ray.storage import Artifact, clear_staging
@@ -372,8 +373,8 @@ def test_a_flipped_bit_of_a_part_is_found_and_named_by_whoever_reads_it(tmp_path
     content[40] ^= 4
     (shards.path / "part-00003.parquet").write_bytes(content)
     (shards.path / "part-00007.parquet").unlink()
-    assert find_damaged(opened) == {"part-00003.parquet", "part-00007.parquet"}
-    without = open_shards(shards, None, find_damaged(opened))
+    assert find_damaged(opened.path, opened.files) == {"part-00003.parquet", "part-00007.parquet"}
+    without = open_shards(shards, None, find_damaged(opened.path, opened.files))
     assert (without.num_rows, without.num_counted) == (28, 24)
     lanes = serve(without.files, [0, 1], 2)
     ids = load_rows(without, lanes).sample_ids.tolist()
