@@ -48,22 +48,15 @@ def check_shards(recipe: Recipe, shards: Artifact) -> None:
             f"the shards hold images of {size} pixels and the recipe asks for "
             f"image.size={recipe.image.size}; ingest again, or set image.size={size}"
         )
-    counts = [
-        sum(
-            count
-            for name, count in splits.items()
-            if (counted := splits_of(recipe.protocol, first)) is None or name in counted
-        )
-        for first in (True, False)
-    ]
-    check_images(recipe, *counts)
+    check_images(recipe, *(_count(splits, splits_of(recipe.protocol, first_stage)) for first_stage in (True, False)))
+
+
+def _count(splits: dict[str, int], counted: tuple[str, ...] | None) -> int:
+    return sum(count for name, count in splits.items() if counted is None or name in counted)
 
 
 def splits_of(protocol: str, first_stage: bool) -> tuple[str, ...] | None:
-    """The splits that a stage sees; stage 1 alone sees the unlabeled part. None: all.
-
-    Whole: everything for everything else; split: what is not test.
-    """
+    """The splits that a training stage sees, None for all: test under ``whole`` alone, unlabeled in stage 1 alone."""
     if protocol == "whole":
         return None if first_stage else ("train", "test")
     return ("train", "unlabeled") if first_stage else ("train",)

@@ -53,7 +53,6 @@ def prepare(
     check_folder(out)
     if trials is not None:
         check_trials(recipe, trials)
-    check_folder(out)
     # Workers have working directories of their own.
     path, out = Path(os.path.abspath(data)), Path(os.path.abspath(out))
     if data != "digits" and _holds_shards(path):

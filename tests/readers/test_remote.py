@@ -232,13 +232,13 @@ def test_a_file_system_of_fsspec_has_folders_patterns_archives_and_lists(memory:
         "tables/a.parquet": parquet_bytes(image=IMAGES[:2]),
         "tables/b.parquet": parquet_bytes(image=IMAGES[:1]),
         "tars/a.tar": tar_bytes([("x.png", IMAGES[3])]),
-        "list.txt": b"images/test/a.png\nmemory://root/images/test/a.png",
+        "list.txt": b"images/test/a.png\nmemory://store/images/test/a.png",
     }.items():
-        memory.pipe_file(f"/root/{name}", content)
-    assert summary(open_source("memory://root/images")) == [("test/a.png", "test", None)]
-    assert contents(open_source("memory://root/images")) == {"test/a.png": png(0)}
-    assert len(records(open_source("memory://root/tables"))) == 3
-    assert len(records(open_source("memory://root/tab*/a.parquet"))) == 2
-    assert contents(open_source("memory://root/tars")) == {"a.tar/x.png": IMAGES[3]}
-    assert [record.data for record in records(open_source("memory://root/list.txt"))] == [png(0)] * 2
-    assert "memory://root/nowhere does not exist" in refused("memory://root/nowhere")
+        memory.pipe_file(f"/store/{name}", content)
+    assert summary(open_source("memory://store/images")) == [("test/a.png", "test", None)]
+    assert contents(open_source("memory://store/images")) == {"test/a.png": png(0)}
+    assert len(records(open_source("memory://store/tables"))) == 3
+    assert len(records(open_source("memory://store/tab*/a.parquet"))) == 2
+    assert contents(open_source("memory://store/tars")) == {"a.tar/x.png": IMAGES[3]}
+    assert [record.data for record in records(open_source("memory://store/list.txt"))] == [png(0)] * 2
+    assert "memory://store/nowhere does not exist" in refused("memory://store/nowhere")
