@@ -82,7 +82,9 @@ def demo(out: Out = Path("runs/demo"), overrides: Overrides = None, verbose: Ver
 def ingest(
     source: Annotated[str, typer.Argument(help="A folder, files, a list or a URL (see README), or the word digits.")],
     out: Annotated[Path, typer.Argument(help="Folder for the image shards.")],
-    size: Annotated[int, typer.Option(help="Side of the images in the shards, pixels.", min=8, max=1024)],
+    size: Annotated[
+        int | None, typer.Option(help="Side of the images in the shards, pixels; not for embeddings.", min=8, max=1024)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides the order of the rows.", min=0)] = 0,
     labels_from_folders: FolderLabels = False,
     verbose: Verbose = False,
@@ -90,7 +92,8 @@ def ingest(
     """Decode images once into shards that any number of runs can share."""
     found = workflow.open_source(source, labels_from_folders)
     shards = workflow.ingest(found, out, image_size=size, seed=seed, reporter=ConsoleReporter(), verbose=verbose)
-    typer.echo(f"{shards.manifest['num_images']} images in {shards.path}, {shards.manifest['num_rejects']} rejected")
+    unit = "embeddings" if found.kind == "embeddings" else "images"
+    typer.echo(f"{shards.manifest['num_images']} {unit} in {shards.path}, {shards.manifest['num_rejects']} rejected")
 
 
 @app.command()

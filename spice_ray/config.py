@@ -163,20 +163,34 @@ class Scale(Settings):
 
 
 class Recipe(Settings):
-    """Everything that a run is made of."""
+    """Everything that a run on finished embeddings is made of: stage 2 and reliable pseudo-labels, for any run."""
 
     num_clusters: Annotated[int, Field(ge=2)]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     protocol: Literal["whole", "split"] = "whole"
-    image: Image
-    pretrain: Pretrain
     heads: Heads
     reliable: Reliable
-    joint: Joint
     scale: Scale = Scale()
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_round(self) -> Self:
+        if self.heads.round_size < self.num_clusters:
+            raise ValueError(
+                f"heads.round_size={self.heads.round_size} is smaller than num_clusters={self.num_clusters}; "
+                "a labelling round needs at least one image per cluster"
+            )
+        return self
+
+
+class ImageRecipe(Recipe):
+    """Everything that a run on images is made of: all three stages."""
+
+    image: Image
+    pretrain: Pretrain
+    joint: Joint
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Self:
         for stage, lanes in (("pretrain", self.pretrain.lanes), ("joint", self.joint.lanes)):
             if lanes % self.scale.workers:
                 most = math.gcd(self.pretrain.lanes, self.joint.lanes)
@@ -184,11 +198,6 @@ class Recipe(Settings):
                     f"scale.workers={self.scale.workers} does not divide {stage}.lanes={lanes}, and a worker serves "
                     f"whole lanes; use scale.workers={most} or a divisor of it"
                 )
-        if self.heads.round_size < self.num_clusters:
-            raise ValueError(
-                f"heads.round_size={self.heads.round_size} is smaller than num_clusters={self.num_clusters}; "
-                "a labelling round needs at least one image per cluster"
-            )
         return self
 
 
@@ -225,7 +234,7 @@ def num_neighbors(reliable: Reliable, num_images: int, num_clusters: int) -> int
     return min(wanted, num_images - 1)
 
 
-def check_images(recipe: Recipe, num_images: int, num_train: int) -> None:
+def check_count(recipe: Recipe, num_images: int, num_train: int) -> None:
     """Refuse a recipe that does not fit the number of images.
 
     Args:
@@ -236,6 +245,12 @@ def check_images(recipe: Recipe, num_images: int, num_train: int) -> None:
     Raises:
         ConfigError: There is no image to train on, or K, a batch or the queue is larger than the data.
     """
+    _check_num_clusters(recipe, num_train)
+    if isinstance(recipe, ImageRecipe):
+        _check_batches(recipe, num_images, num_train)
+
+
+def _check_num_clusters(recipe: Recipe, num_train: int) -> None:
     if num_train == 0:
         advice = "name their folder or file otherwise" if recipe.protocol == "whole" else "use protocol=whole"
         raise ConfigError(
@@ -247,6 +262,9 @@ def check_images(recipe: Recipe, num_images: int, num_train: int) -> None:
             f"num_clusters={recipe.num_clusters} is more than the {num_train} images there are to cluster; "
             "lower num_clusters or add images"
         )
+
+
+def _check_batches(recipe: ImageRecipe, num_images: int, num_train: int) -> None:
     if recipe.pretrain.batch_size > num_images:
         raise ConfigError(
             f"pretrain.batch_size={recipe.pretrain.batch_size} is more than the {num_images} images there are; lower "

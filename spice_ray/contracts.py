@@ -24,8 +24,9 @@ HEADS, RELIABLE, JOINT, ASSIGNMENTS = "heads", "reliable", "joint", "assignments
 #   split      string: train, test or unlabeled
 #   image      stored=pixels: fixed-size binary, 3*S*S bytes: uint8 RGB, channels first
 #              stored=encoded: binary, the file that was read, to be decoded
-# manifest: num_images, image_size, stored, splits {name: count}, files [{name, rows, splits {name: count}, crc32}],
-# num_rejects, digest; rejects.parquet beside the parts: source, reason.
+#   embedding  in the place of image, stored=vectors: fixed-size binary, 4*D bytes: float32, little-endian
+# manifest: num_images, image_size (or embed_dim), stored, splits {name: count}, files [{name, rows,
+# splits {name: count}, crc32}], num_rejects, digest; rejects.parquet beside the parts: source, reason.
 TRAIN_SPLITS = ("train", "unlabeled")
 
 

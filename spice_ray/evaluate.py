@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from spice_ray.contracts import EMBEDDING, HEADS, LABELS, SHARDS, TRAIN_SPLITS, ShardFile
 from spice_ray.errors import DataError, StorageError
-from spice_ray.readers.parts import PartFormat, images_of, read_part
+from spice_ray.readers.parts import format_of, images_of, read_part
 from spice_ray.run_folder import read_finished
 from spice_ray.storage import Artifact, open_artifact, read_json, write_json
 
@@ -185,11 +185,13 @@ def _compare(run: Path, record: dict[str, Any], images: _Images, ids: Ints) -> l
     shards, recipe = _open(run, record, SHARDS), record["recipe"]
     embedding = _load(_open(run, record, EMBEDDING), "embedding.npy", len(images.clusters))
     found: dict[str, Ints | None] = {
-        "k-means on pixels": _baseline(lambda: _read_pixels(shards, ids), len(ids), _num_pixels(shards), recipe),
         "k-means on the embedding": _baseline(lambda: embedding[ids], len(ids), embedding.shape[1], recipe),
         "SPICE_s": images.head_clusters[ids],
-        "SPICE": images.clusters[ids],
     }
+    # Embeddings that were given have no pixels and no stage 3.
+    if "image" in recipe:
+        pixels = _baseline(lambda: _read_pixels(shards, ids), len(ids), _num_pixels(shards), recipe)
+        found = {"k-means on pixels": pixels, **found, "SPICE": images.clusters[ids]}
     return [_row(method, images.labels_true[ids], labels) for method, labels in found.items()]
 
 
@@ -272,12 +274,12 @@ def _num_pixels(shards: Artifact) -> int:
 def _read_pixels(shards: Artifact, ids: Ints) -> Floats:
     """Pixels of the images ``ids``, which rise, in [0, 1], float32, (n, 3*S*S)."""
     pixels = np.empty((len(ids), _num_pixels(shards)), np.float32)
-    format_, first = PartFormat(shards.manifest["image_size"], shards.manifest["stored"]), 0
+    format_, first = format_of(shards.manifest), 0
     for part in shards.manifest["files"]:
         file = ShardFile(part["name"], first, part["rows"], part["rows"], part["crc32"])
         rows = slice(*np.searchsorted(ids, [first, first + file.rows]))
         if rows.stop > rows.start:
-            images = images_of(read_part(shards.path, file, format_), format_.image_size)
+            images = images_of(read_part(shards.path, file, format_), format_.size)
             np.divide(images.reshape(len(images), -1)[ids[rows] - first], 255, out=pixels[rows])
         first += file.rows
     return pixels

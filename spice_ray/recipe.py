@@ -13,10 +13,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from spice_ray.config import Recipe, Settings, Sweep
+from spice_ray.config import ImageRecipe, Recipe, Settings, Sweep
 from spice_ray.errors import ConfigError
 
 SWEPT_SECTIONS = ("reliable", "joint")
+_IMAGE_SECTIONS = ImageRecipe.model_fields.keys() - Recipe.model_fields.keys()
 _MOST_TRIALS_CHECKED = 1000
 _UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
 
@@ -33,22 +34,25 @@ def load_recipe(name_or_path: str, overrides: list[str]) -> Recipe:
         ConfigError: The recipe, a key or a value cannot be used; names the nearest valid one.
     """
     values = _read_yaml(_find_recipe(name_or_path))
+    known = setting_keys(_type_of(values))
     for override in overrides:
         key, value = parse_override(override)
+        check_key(key, known)
         values = with_value(values, key, value)
     return check_recipe(values)
 
 
 def check_recipe(values: dict[str, Any]) -> Recipe:
-    """The recipe that ``values`` describe.
+    """The recipe that ``values`` describe: of images where it has a section of theirs, else of embeddings.
 
     Raises:
         ConfigError: In one sentence, the first thing that is wrong.
     """
+    type_ = _type_of(values)
     try:
-        return Recipe.model_validate(values)
+        return type_.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_first_sentence(error, setting_keys())) from None
+        raise ConfigError(_first_sentence(error, setting_keys(type_))) from None
 
 
 def load_sweep(file: str) -> Sweep:
@@ -73,15 +77,20 @@ def check_trials(recipe: Recipe, sweep: Sweep) -> None:
     """Refuse a sweep one of whose trials could not be run.
 
     Raises:
-        ConfigError: A value is out of its range, or does not fit the others.
+        ConfigError: A value is out of its range, or does not fit the others; or there is no stage 3 to judge them by.
     """
+    if not isinstance(recipe, ImageRecipe):
+        raise ConfigError(
+            "a sweep ranks its trials by the classifier of stage 3, which a recipe of embeddings does not have; "
+            "run each threshold by itself, such as reliable.min_consistency=0.9, with an --out of its own"
+        )
     trials = itertools.product(*sweep.space.values())
     # A trial beyond that, of a random search in a vast space, would be refused when its turn comes.
     for values in itertools.islice(trials, _MOST_TRIALS_CHECKED):
         sweep_recipe(recipe, dict(zip(sweep.space, values, strict=True)))
 
 
-def sweep_recipe(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+def sweep_recipe(recipe: ImageRecipe, values: dict[str, Any]) -> ImageRecipe:
     """The recipe of one trial.
 
     Raises:
@@ -90,7 +99,9 @@ def sweep_recipe(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     settings = recipe.model_dump(mode="json")
     for key, value in values.items():
         settings = with_value(settings, key, value)
-    return check_recipe(settings)
+    trial = check_recipe(settings)
+    assert isinstance(trial, ImageRecipe)
+    return trial
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -115,9 +126,8 @@ def with_value(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """A copy of ``values`` with the dotted ``key`` set.
 
     Raises:
-        ConfigError: No recipe has the key, or ``values`` have something else in the place of its section.
+        ConfigError: ``values`` have something else in the place of its section.
     """
-    check_key(key)
     head, _, rest = key.partition(".")
     if not rest:
         return {**values, head: value}
@@ -127,26 +137,30 @@ def with_value(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return {**values, head: {**(section or {}), rest: value}}
 
 
-def check_key(key: str) -> None:
-    """Refuse a dotted key that no recipe has.
+def check_key(key: str, known: list[str]) -> None:
+    """Refuse a dotted key that is not ``known``.
 
     Raises:
         ConfigError: With the nearest valid key.
     """
-    if key not in setting_keys():
-        raise ConfigError(f"unknown setting {key!r}; {_nearest(key, setting_keys())}")
+    if key not in known:
+        raise ConfigError(f"unknown setting {key!r}; {_nearest(key, known)}")
 
 
-def setting_keys() -> list[str]:
-    """Every key that an override may set, such as ``pretrain.temperature``."""
+def setting_keys(type_: type[Recipe] = ImageRecipe) -> list[str]:
+    """Every key of a recipe that an override may set, such as ``pretrain.temperature``."""
     keys: list[str] = []
-    for name, field in Recipe.model_fields.items():
+    for name, field in type_.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, Settings):
             keys += [f"{name}.{key}" for key in section.model_fields]
         else:
             keys.append(name)
     return keys
+
+
+def _type_of(values: dict[str, Any]) -> type[Recipe]:
+    return ImageRecipe if values.keys() & _IMAGE_SECTIONS else Recipe
 
 
 def _check_swept(key: str, file: str) -> None:

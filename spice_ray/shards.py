@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from spice_ray.config import Recipe, check_images
+from spice_ray.config import ImageRecipe, Recipe, check_count
 from spice_ray.contracts import LABELS, SHARDS
 from spice_ray.errors import ConfigError, DataError
 from spice_ray.storage import Artifact, open_artifact
@@ -37,18 +37,34 @@ def find_shards(path: Path) -> tuple[Artifact, Artifact | None] | None:
 
 
 def check_shards(recipe: Recipe, shards: Artifact) -> None:
-    """Refuse a recipe that does not fit the images.
+    """Refuse a recipe that does not fit the images or embeddings.
 
     Raises:
-        ConfigError: They are too few, or of another size.
+        ConfigError: They are too few, of another size, or images where embeddings are needed or the other way round.
     """
-    size, splits = shards.manifest["image_size"], shards.manifest["splits"]
-    if size != recipe.image.size:
+    manifest, splits = shards.manifest, shards.manifest["splits"]
+    check_kind(recipe, embeddings=manifest["stored"] == "vectors", name=str(shards.path))
+    if isinstance(recipe, ImageRecipe) and manifest["image_size"] != recipe.image.size:
         raise ConfigError(
-            f"the shards hold images of {size} pixels and the recipe asks for "
-            f"image.size={recipe.image.size}; ingest again, or set image.size={size}"
+            f"the shards hold images of {manifest['image_size']} pixels and the recipe asks for "
+            f"image.size={recipe.image.size}; ingest again, or set image.size={manifest['image_size']}"
         )
-    check_images(recipe, *(_count(splits, splits_of(recipe.protocol, first_stage)) for first_stage in (True, False)))
+    check_count(recipe, *(_count(splits, splits_of(recipe.protocol, first_stage)) for first_stage in (True, False)))
+
+
+def check_kind(recipe: Recipe, *, embeddings: bool, name: str) -> None:
+    """Refuse embeddings for a recipe of images, and images for one of embeddings.
+
+    Raises:
+        ConfigError: ``name`` holds the other kind.
+    """
+    if embeddings and isinstance(recipe, ImageRecipe):
+        raise ConfigError(f"{name} holds embeddings and the recipe is one of images; use the recipe embeddings")
+    if not embeddings and not isinstance(recipe, ImageRecipe):
+        raise ConfigError(
+            f"{name} holds images and the recipe has no sections image, pretrain and joint, so it is one of "
+            "embeddings; use a recipe of images such as images_small"
+        )
 
 
 def _count(splits: dict[str, int], counted: tuple[str, ...] | None) -> int:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spice_ray.config import Recipe, Scale, Sweep, check_images
+from spice_ray.config import ImageRecipe, Recipe, Scale, Sweep, check_count
 from spice_ray.contracts import SHARDS
-from spice_ray.errors import DataError
+from spice_ray.errors import ConfigError, DataError
 from spice_ray.recipe import check_trials, load_recipe
 from spice_ray.run_folder import RunFolder, check_folder, check_held, claim, lock, read_record
 from spice_ray.runtime.cluster import check_local_cpus, connected
 from spice_ray.runtime.progress import Reporter
-from spice_ray.shards import check_shards, find_shards
+from spice_ray.shards import check_kind, check_shards, find_shards
 from spice_ray.storage import Artifact, reporting_disk_errors
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def prepare(
         check_shards(recipe, shards)
         return Prepared(claim(out, recipe, identity), recipe, None, path)
     source = open_source(data, labels_from_folders)
+    check_kind(recipe, embeddings=source.kind == "embeddings", name=_shown(data))
     identity = {"path": _shown(data), "digest": f"{source.kind}-{source.listing_digest()}"}
     check_held(out, recipe, identity)
     from spice_ray.readers.rows import count_rows
@@ -69,7 +70,7 @@ def prepare(
     num_candidates = count_rows(source)
     # Some may be unreadable or of another split: the pipeline checks again when it knows.
     if num_candidates is not None:
-        check_images(recipe, num_candidates, num_candidates)
+        check_count(recipe, num_candidates, num_candidates)
     return Prepared(claim(out, recipe, identity), recipe, source, None)
 
 
@@ -83,10 +84,7 @@ def open_source(data: str, labels_from_folders: bool = False) -> "Source":
     from spice_ray.readers.source import open_source as find
 
     known_by_path = data != "digits" and os.path.exists(data)
-    source = find(os.path.abspath(data) if known_by_path else data, labels_from_folders)
-    if source.kind == "embeddings":
-        raise DataError(f"{data} holds embeddings, which cannot be clustered yet; give the images")
-    return source
+    return find(os.path.abspath(data) if known_by_path else data, labels_from_folders)
 
 
 def run(prepared: Prepared, reporter: Reporter, *, verbose: bool = False) -> Artifact:
@@ -109,19 +107,23 @@ def sweep(
         SpiceError: As :func:`run`.
     """
     with connected(prepared.recipe.scale, verbose=verbose):
+        from spice_ray.runtime.image_pipeline import ImagePipeline
         from spice_ray.runtime.tune import run_sweep
 
-        return run_sweep(_pipeline(prepared, reporter), settings, name)
+        pipeline = _pipeline(prepared, reporter)
+        assert isinstance(pipeline, ImagePipeline)  # of other recipes prepare refuses a sweep
+        return run_sweep(pipeline, settings, name)
 
 
 def ingest(
-    source: "Source", out: Path, *, image_size: int, seed: int, reporter: Reporter, verbose: bool = False
+    source: "Source", out: Path, *, image_size: int | None, seed: int, reporter: Reporter, verbose: bool = False
 ) -> Artifact:
-    """Make image shards.
+    """Make image shards, or shards of embeddings, which have no ``image_size``.
 
     Raises:
-        SpiceError: The source or the folder cannot be used.
+        SpiceError: The source, the size or the folder cannot be used.
     """
+    _check_size(source, image_size)
     check_folder(out)
     with reporting_disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -174,11 +176,24 @@ def _shown(data: str) -> str:
     return str(place_of(data)) if is_url(data) else data
 
 
+def _check_size(source: "Source", image_size: int | None) -> None:
+    if source.kind == "embeddings" and image_size is not None:
+        raise ConfigError(f"--size={image_size} is for images and these are embeddings; leave it out")
+    if source.kind != "embeddings" and image_size is None:
+        raise ConfigError(
+            "images may be of any size and shards hold one; give it as --size, in pixels, the recipe's image.size"
+        )
+
+
 def _pipeline(prepared: Prepared, reporter: Reporter) -> "Pipeline":
-    from spice_ray.runtime.pipeline import Pipeline
+    from spice_ray.runtime.embedding_pipeline import EmbeddingPipeline
+    from spice_ray.runtime.image_pipeline import ImagePipeline
 
     shards, labels = _shards(prepared, reporter)
-    return Pipeline(prepared.run, prepared.recipe, shards, labels, reporter)
+    run, recipe = prepared.run, prepared.recipe
+    if isinstance(recipe, ImageRecipe):
+        return ImagePipeline(run, recipe, shards, labels, reporter)
+    return EmbeddingPipeline(run, recipe, shards, labels, reporter)
 
 
 def _shards(prepared: Prepared, reporter: Reporter) -> tuple[Artifact, Artifact | None]:
@@ -194,20 +209,22 @@ def _shards(prepared: Prepared, reporter: Reporter) -> tuple[Artifact, Artifact 
     from spice_ray.runtime.pipeline import timed
 
     with timed(run, "ingest"):
-        found = _ingest(prepared.source, run.artifacts, recipe.image.size, recipe.seed, reporter)
+        size = recipe.image.size if isinstance(recipe, ImageRecipe) else None
+        found = _ingest(prepared.source, run.artifacts, size, recipe.seed, reporter)
     run.record(ingested=found[0].fingerprint, labels_read=prepared.source.labels_known)
     return found
 
 
 def _ingest(
-    source: "Source", root: Path, image_size: int, seed: int, reporter: Reporter
+    source: "Source", root: Path, image_size: int | None, seed: int, reporter: Reporter
 ) -> tuple[Artifact, Artifact | None]:
     from spice_ray.runtime.ingest import ingest as ingest_source
 
     shards, labels = ingest_source(source, root, image_size=image_size, seed=seed, reporter=reporter)
     rejected = shards.manifest["num_rejects"]
     if rejected:
-        reporter.note(f"{rejected} files could not be read; rejects.parquet says why")
+        unit = "embeddings" if source.kind == "embeddings" else "files"
+        reporter.note(f"{rejected} {unit} could not be read; rejects.parquet says why")
     return shards, labels
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -49,6 +50,8 @@ def here(tmp_path: Path) -> Path:
     (tmp_path / "damaged" / "run.json").write_text('{"recipe": ')
     pq.write_table(pa.table({"image": pa.array([b"x"] * 5, pa.binary())}), tmp_path / "five.parquet")
     (tmp_path / "half.parquet").write_bytes((tmp_path / "five.parquet").read_bytes()[:50])
+    np.save(tmp_path / "vectors.npy", np.ones((99, 4), np.float32))
+    publish(tmp_path / "embedded", "shards", "a", lambda folder: {"embed_dim": 4, "stored": "vectors", "splits": {}})
     for root, rows, size, split in (("few", 9, 16, "train"), ("large", 999, 32, "train"), ("test", 999, 16, "test")):
         shards(tmp_path / root, "a", rows, size, split)
     shards(tmp_path / "two", "a", 999, 16, "train")
@@ -60,7 +63,7 @@ def here(tmp_path: Path) -> Path:
 
 
 def shards(root: Path, name: str, rows: int, size: int, split: str) -> None:
-    record = {"num_images": rows, "image_size": size, "splits": {split: rows}, "files": [], "num_rejects": 0}
+    record = {"num_images": rows, "image_size": size, "stored": "pixels", "splits": {split: rows}, "files": []}
     publish(root, "shards", name, lambda folder: record)
 
 
@@ -106,6 +109,20 @@ REFUSED = {
     "shards of another size": (run_on("{here}/large"), "hold images of 32 pixels and the recipe asks for"),
     "shards without a train split": (run_on("{here}/test", "protocol=split"), "protocol=split needs images of a train"),
     "long path": (run_on("x" * 300), "does not exist; give a folder"),
+    "embeddings for images": (run_on("{here}/vectors.npy"), "vectors.npy holds embeddings and the recipe is one of"),
+    "shards of embeddings": (run_on("{here}/embedded"), "holds embeddings and the recipe is one of images; use"),
+    "images for embeddings": (["run", "embeddings", *RUN[2:]], "digits holds images and the recipe has no sections"),
+    "shards for embeddings": (
+        ["run", "embeddings", "--data", "{here}/few", "--out", "{here}/new"], "holds images and the recipe has no"
+    ),
+    "K above the embeddings": (
+        ["run", "embeddings", "--data", "{here}/vectors.npy", "--out", "{here}/new", "num_clusters=100"],
+        "num_clusters=100 is more than the 99",
+    ),
+    "setting of images": (
+        ["run", "embeddings", "--data", "{here}/vectors.npy", "--out", "{here}/new", "pretrain.lr=0.1"],
+        "unknown setting 'pretrain.lr'; did you mean 'heads.lr'?",
+    ),
     # K and the sizes of batches and the queue.
     "K above the digits": ([*RUN, "num_clusters=1798"], "num_clusters=1798 is more than the 1797 images"),
     "K above the photos": (run_on("{here}/photos"), "num_clusters=10 is more than the 5 images"),
@@ -149,6 +166,10 @@ REFUSED = {
     "sweep at random": (tune("{here}/random.yaml"), "search: random needs samples"),
     "sweep recipe": (tune("{here}/recipe.yaml"), "unknown recipe 'digitz'"),
     "sweep override": (tune("{here}/good.yaml", "seed=-1"), "seed=-1 cannot be used"),
+    "sweep of embeddings": (
+        ["tune", "{here}/good.yaml", "--recipe", "embeddings", "--data", "{here}/vectors.npy", "--out", "{here}/new"],
+        "a sweep ranks its trials by the classifier of stage 3, which a recipe of embeddings does not have",
+    ),
     # The other commands.
     "evaluate nothing": (["evaluate", "{here}/nowhere"], "run.json does not exist; is {here}/nowhere the folder"),
     "evaluate no run": (["evaluate", "{here}/photos"], "run.json does not exist; is {here}/photos the folder of a run"),
@@ -156,6 +177,8 @@ REFUSED = {
     "evaluate damage": (["evaluate", "{here}/damaged"], "cannot be read as JSON; restore it, or delete the folder"),
     "ingest nothing": (["ingest", "{here}/nowhere", "{here}/new", "--size", "16"], "{here}/nowhere does not exist"),
     "ingest into a file": (["ingest", "digits", "{here}/five.parquet", "--size", "16"], "five.parquet is a file"),
+    "ingest without a size": (["ingest", "{here}/photos", "{here}/new"], "give it as --size, in pixels"),
+    "size of embeddings": (["ingest", "{here}/vectors.npy", "{here}/new", "--size", "16"], "--size=16 is for images"),
     "demo": (["demo", "--out", "{here}/foreign"], "holds files that are not a run's"),
 }  # fmt: skip
 

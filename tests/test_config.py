@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from spice_ray.config import Reliable, check_images, num_neighbors, perfect_loss
+from spice_ray.config import Reliable, check_count, num_neighbors, perfect_loss
 from spice_ray.errors import ConfigError
 from spice_ray.recipe import check_recipe
 from tests.small_settings import changed, error_of, small_recipe
@@ -125,21 +125,21 @@ def test_the_number_of_neighbors_follows_the_data_within_10_and_100(
 
 def test_a_recipe_fits_data_of_exactly_its_size_and_none_smaller() -> None:
     recipe = check_recipe(small_recipe())  # largest batch 8 * 7 = 56, queue 64 of at least 256 images
-    check_images(recipe, num_images=256, num_train=56)
+    check_count(recipe, num_images=256, num_train=56)
     with pytest.raises(ConfigError, match=r"queue_size=64 .* 255 images.* use 32"):
-        check_images(recipe, num_images=255, num_train=56)
+        check_count(recipe, num_images=255, num_train=56)
     with pytest.raises(ConfigError, match="=56 is more than the 55"):
-        check_images(recipe, num_images=256, num_train=55)
+        check_count(recipe, num_images=256, num_train=55)
     with pytest.raises(ConfigError, match="num_clusters=3 is more than the 2 images"):
-        check_images(recipe, num_images=2, num_train=2)
+        check_count(recipe, num_images=2, num_train=2)
     with pytest.raises(ConfigError, match="needs images of a train split"):
-        check_images(recipe, num_images=0, num_train=0)
+        check_count(recipe, num_images=0, num_train=0)
 
 
 def test_the_queue_that_is_advised_is_one_that_a_symmetric_loss_accepts() -> None:
     recipe = check_recipe(changed(pretrain__symmetric=True, pretrain__queue_size=128))
     with pytest.raises(ConfigError, match=r"use 64$"):
-        check_images(recipe, num_images=4 * 127, num_train=500)
+        check_count(recipe, num_images=4 * 127, num_train=500)
     check_recipe(changed(pretrain__symmetric=True, pretrain__queue_size=64))
 
 

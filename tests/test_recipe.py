@@ -91,18 +91,18 @@ def test_an_override_that_is_not_yaml_is_quoted_back(value: str) -> None:
 )
 def test_an_unknown_key_names_the_nearest_one(key: str, nearest: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown setting '{key}'; did you mean '{nearest}'"):
-        check_key(key)
+        check_key(key, setting_keys())
 
 
 def test_a_key_like_no_other_lists_what_is_known() -> None:
     with pytest.raises(ConfigError, match=r"known are .*num_clusters.*scale\.workers"):
-        check_key("zzzzzzzz")
+        check_key("zzzzzzzz", setting_keys())
 
 
 def test_a_whole_section_is_no_key_that_an_override_may_set() -> None:
     assert "heads" not in setting_keys()
     with pytest.raises(ConfigError, match="unknown setting 'heads'"):
-        with_value(small_recipe(), "heads", {})
+        load_recipe("digits", ["heads={}"])
 
 
 def test_every_setting_key_can_be_set_to_the_value_it_has() -> None:

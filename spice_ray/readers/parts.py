@@ -2,7 +2,7 @@
 
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +15,33 @@ from spice_ray.readers.decode import decode
 
 
 class PartFormat(NamedTuple):
-    """What the ``image`` column of a set of shards holds."""
+    """What the last column of a set of shards holds."""
 
-    image_size: int
-    """S, pixels."""
+    size: int
+    """S, pixels; of vectors D."""
     stored: str
-    """``pixels``, or ``encoded`` where files are decoded whenever they are read."""
+    """``pixels``, ``encoded`` where files are decoded whenever they are read, or ``vectors`` of float32."""
+
+    @property
+    def column(self) -> str:
+        """Its name."""
+        return "embedding" if self.stored == "vectors" else "image"
+
+    @property
+    def row_bytes(self) -> int:
+        """What a row takes when it is decoded."""
+        return 4 * self.size if self.stored == "vectors" else 3 * self.size**2
+
+    @property
+    def type(self) -> pa.DataType:
+        """Of the column."""
+        return pa.binary() if self.stored == "encoded" else pa.binary(self.row_bytes)
+
+
+def format_of(manifest: dict[str, Any]) -> PartFormat:
+    """The format of the shards that have this manifest."""
+    stored = manifest["stored"]
+    return PartFormat(manifest["embed_dim" if stored == "vectors" else "image_size"], stored)
 
 
 def write_part(file: Path, table: pa.Table) -> int:
@@ -39,16 +60,17 @@ def read_part(folder: Path, file: ShardFile, format_: PartFormat) -> pa.Table:
         format_: What the manifest says of its images.
 
     Returns:
-        ``sample_id``, ``source``, ``split`` and ``image``, uint8 RGB, channels first, 3 * S * S bytes.
+        ``sample_id``, ``source``, ``split``, and ``image``: uint8 RGB, channels first, 3 * S * S bytes; or
+        ``embedding``: float32, 4 * D bytes.
 
     Raises:
         StorageError: The part is missing, or its bytes are not those that were written.
     """
     table = pq.read_table(pa.BufferReader(_intact_bytes(folder, file)))
-    if format_.stored == "pixels":
+    if format_.stored != "encoded":
         return table
-    pixels = [decode(data, format_.image_size).tobytes() for data in table["image"].to_pylist()]
-    column = pa.array(pixels, pa.binary(3 * format_.image_size**2))
+    pixels = [decode(data, format_.size).tobytes() for data in table["image"].to_pylist()]
+    column = pa.array(pixels, pa.binary(format_.row_bytes))
     return table.set_column(table.schema.get_field_index("image"), "image", column)
 
 
@@ -79,7 +101,16 @@ def _intact_bytes(folder: Path, file: ShardFile) -> bytes:
 
 def images_of(table: pa.Table, image_size: int) -> NDArray[np.uint8]:
     """The ``image`` column as an array, uint8, (rows, 3, S, S); a view of Arrow's memory, not to be written."""
-    column = table["image"].combine_chunks()
-    width = 3 * image_size * image_size
-    flat = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * width : (column.offset + len(column)) * width]
-    return flat.reshape(len(column), 3, image_size, image_size)
+    return _array_of(table["image"]).reshape(-1, 3, image_size, image_size)
+
+
+def vectors_of(table: pa.Table) -> NDArray[np.float32]:
+    """The ``embedding`` column as an array, float32, (rows, D); a view of Arrow's memory, not to be written."""
+    return _array_of(table["embedding"]).view(np.float32)
+
+
+def _array_of(column: pa.ChunkedArray) -> NDArray[np.uint8]:
+    """A column of fixed-size binary, uint8, (rows, bytes)."""
+    values, width = column.combine_chunks(), column.type.byte_width
+    flat = np.frombuffer(values.buffers()[1], np.uint8)[values.offset * width : (values.offset + len(values)) * width]
+    return flat.reshape(len(values), width)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spice_ray.readers.decode import Reject, decode
+from spice_ray.readers.parts import PartFormat
 from spice_ray.readers.records import Chunk, Record, Source, Unreadable, read_chunk
 
 KEY_BYTES = 16
@@ -15,14 +16,14 @@ _ROWS_PER_CHUNK = 10_000
 
 
 class Row(NamedTuple):
-    """One image; the order of the fields but for the label is that of the columns of a run."""
+    """One image or embedding; the order of the fields but for the label is that of the columns of a run."""
 
     key: bytes
     """``order_key``; shards are sorted by it."""
     source: str
     split: str
-    image: bytes
-    """uint8 RGB, channels first, 3 * S * S bytes, or the encoded file."""
+    content: bytes
+    """uint8 RGB, channels first, 3 * S * S bytes; or the encoded file; or float32, 4 * D bytes."""
     label: str | None
 
 
@@ -43,10 +44,10 @@ def count_rows(source: Source) -> int | None:
     return None if None in counts else sum(count or 0 for count in counts)
 
 
-def read_rows(chunk: Chunk, *, image_size: int, seed: int, stored: str) -> Iterator[Row | Rejected]:
+def read_rows(chunk: Chunk, format_: PartFormat, seed: int) -> Iterator[Row | Rejected]:
     """Read and decode a chunk, one image at a time."""
     for record in read_chunk(chunk):
-        yield _row(record, image_size, seed, stored)
+        yield _row(record, format_, seed)
 
 
 def order_key(content: bytes, seed: int) -> bytes:
@@ -55,16 +56,18 @@ def order_key(content: bytes, seed: int) -> bytes:
     return hashlib.blake2b(seed.to_bytes(8, "little") + content_hash, digest_size=KEY_BYTES).digest()
 
 
-def _row(record: Record, image_size: int, seed: int, stored: str) -> Row | Rejected:
+def _row(record: Record, format_: PartFormat, seed: int) -> Row | Rejected:
     data = record.data
     if isinstance(data, Unreadable):
         return Rejected(record.source, data.reason)
-    try:
-        pixels = decode(cast("bytes | NDArray[np.uint8]", data), image_size)
-    except Reject as reject:
-        # The run goes on without this image; rejects.parquet lists it.
-        return Rejected(record.source, reject.reason)
-    content = data if isinstance(data, bytes) else data.tobytes()
-    image = content if stored == "encoded" else pixels.tobytes()
+    raw = data if isinstance(data, bytes) else data.tobytes()
+    content = raw
+    if format_.stored != "vectors":
+        try:
+            pixels = decode(cast("bytes | NDArray[np.uint8]", data), format_.size)
+        except Reject as reject:
+            # The run goes on without this image; rejects.parquet lists it.
+            return Rejected(record.source, reject.reason)
+        content = raw if format_.stored == "encoded" else pixels.tobytes()
     label = None if record.label is None else str(record.label)
-    return Row(order_key(content, seed), record.source, record.split, image, label)
+    return Row(order_key(raw, seed), record.source, record.split, content, label)

@@ -36,7 +36,7 @@ class Task(NamedTuple):
     format: PartFormat
     seed: int
     run_bytes: int
-    """Most bytes of images that a run holds, and a process with it."""
+    """Most bytes of content that a run holds, and a process with it."""
 
 
 class Part(NamedTuple):
@@ -70,7 +70,7 @@ def write_runs(chunk: Chunk, index: int, task: Task) -> dict[str, Any]:
         known: dict[str, Any] = read_json(file)
         return known
     record: dict[str, Any] = {"runs": [], "rows": 0, "rejects": [], "digest": 0}
-    rows = read_rows(chunk, image_size=task.format.image_size, seed=task.seed, stored=task.format.stored)
+    rows = read_rows(chunk, task.format, task.seed)
     for run in _bounded(rows, record, task.run_bytes):
         name = f"chunk-{index:06d}-{len(record['runs']):04d}.arrow"
         _write_run(task.folder / name, run, task.format)
@@ -90,7 +90,7 @@ def _bounded(rows: Iterator[Row | Rejected], record: dict[str, Any], run_bytes: 
             continue
         record["digest"] = _added(record["digest"], row.key + row.source.encode())
         run.append(row)
-        held += len(row.image)
+        held += len(row.content)
         if held >= run_bytes:
             yield run
             run, held = [], 0
@@ -109,13 +109,8 @@ def digest_of(content: bytes) -> int:
 
 
 def _run_schema(format_: PartFormat) -> pa.Schema:
-    fields = [("source", pa.string()), ("split", pa.string()), ("image", image_type(format_)), ("label", pa.string())]
+    fields = [("source", pa.string()), ("split", pa.string()), ("content", format_.type), ("label", pa.string())]
     return pa.schema([("key", pa.binary(KEY_BYTES)), *fields])
-
-
-def image_type(format_: PartFormat) -> pa.DataType:
-    """Of the ``image`` column."""
-    return pa.binary() if format_.stored == "encoded" else pa.binary(3 * format_.image_size**2)
 
 
 def _write_run(file: Path, rows: list[Row], format_: PartFormat) -> None:
@@ -176,9 +171,10 @@ def merge_part(part: Part, runs: list[str], task: Task) -> dict[str, Any]:
         known: dict[str, Any] = read_json(record_file)
         return known
     rows = _rows_of(part, runs, task)
-    ids = pa.array(np.arange(part.first_id, part.first_id + part.rows), pa.int64())
+    ids, column = pa.array(np.arange(part.first_id, part.first_id + part.rows), pa.int64()), task.format.column
     temporary = _temporary(task.folder / name)
-    crc32 = write_part(temporary, rows.select(["source", "split", "image"]).add_column(0, "sample_id", ids))
+    table = pa.table([ids, rows["source"], rows["split"], rows["content"]], ["sample_id", "source", "split", column])
+    crc32 = write_part(temporary, table)
     os.replace(temporary, task.folder / name)
     labels = pa.table([ids, rows["label"]], _LABEL_ROWS).filter(rows["label"].is_valid())
     _write_labels(task.folder / f"labels-{part.number:05d}.arrow", labels)

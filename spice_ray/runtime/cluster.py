@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from spice_ray.config import Scale
 from spice_ray.errors import ResourceError, SpiceError, TrainingError
 
-# Ray Data's new Parquet reader starts 32 processes per execution; Ray Train polls its workers every 2 s by default.
+# Ray Data's new Parquet reader starts 32 processes per execution; Ray Train polls its workers every 2 s by default, and
+# its preemption watcher is one more process, whose warnings are of use only to a loop that asks for them.
 _ENVIRONMENT = {
     "RAY_DATA_USE_DATASOURCE_V2": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,15 +16,17 @@ from spice_ray.contracts import ShardFile
 from spice_ray.core.lanes import Lanes, ResidentLanes, Rows, ServedLanes, Stream
 from spice_ray.core.streaming import Ahead, StreamedLanes
 from spice_ray.errors import ConfigError
-from spice_ray.readers.parts import PartFormat, images_of
+from spice_ray.readers.parts import PartFormat, format_of, images_of
+from spice_ray.runtime.memory import Budget, home_of
 from spice_ray.runtime.reading import read_parts
 from spice_ray.storage import Artifact
 
 # Ray Data starts anew for each of these; the tables that are then still in the worker's queue bridge the pause.
 _FILES_PER_EXECUTION = 128
 _TABLES_AHEAD = 4
-# Reading waits for storage and checksums; several readers share a processor with the training worker.
-_CPUS_PER_READER = 0.25
+# Reading waits for storage and checksums; readers share a processor with the training worker. Each is a process that
+# has to be started, and two are enough for one worker.
+_READERS = {"num_cpus": 0.25, "num_tasks": 2}
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Shards:
     @property
     def image_size(self) -> int:
         """S, pixels."""
-        return self.format.image_size
+        return self.format.size
 
     @property
     def num_rows(self) -> int:
@@ -67,7 +70,7 @@ def open_shards(artifact: Artifact, splits: tuple[str, ...] | None, damaged: fro
         counted = 0 if file["name"] in damaged else counted
         files.append(ShardFile(file["name"], first_id, file["rows"], counted, file["crc32"]))
         first_id += file["rows"]
-    return Shards(artifact.path, PartFormat(manifest["image_size"], manifest["stored"]), files, splits, damaged)
+    return Shards(artifact.path, format_of(manifest), files, splits, damaged)
 
 
 def check_lanes(shards: Shards, num_lanes: int, name: str) -> None:
@@ -86,15 +89,16 @@ def check_lanes(shards: Shards, num_lanes: int, name: str) -> None:
 
 @contextmanager
 def open_lanes(
-    shards: Shards, lanes: ServedLanes, streams: list[Stream], device: torch.device, budget: int
+    shards: Shards, lanes: ServedLanes, streams: list[Stream], device: torch.device, budget: Budget
 ) -> Iterator[list[Lanes]]:
-    """Feed the streams from memory where the served images take at most ``budget`` bytes, and else from the files.
+    """Feed the streams from memory where the served images fit the budget, and else from the files.
 
     Both give the same batches; the first costs memory and the second the reading of every file in every pass.
     """
-    if lanes.num_rows * 3 * shards.image_size**2 <= budget:
+    home = home_of(lanes.num_rows * shards.format.row_bytes, device, budget)
+    if home is not None:
         rows = load_rows(shards, lanes)
-        rows = Rows(rows.images.to(device), rows.sample_ids.to(device))
+        rows = Rows(rows.images.to(home), rows.sample_ids.to(home))
         yield [ResidentLanes(lanes, rows, stream, device) for stream in streams]
         return
     with ExitStack() as stack:
@@ -110,7 +114,7 @@ def load_rows(shards: Shards, lanes: ServedLanes) -> Rows:
     images = torch.empty((lanes.num_rows, 3, shards.image_size, shards.image_size), dtype=torch.uint8)
     sample_ids = torch.empty(lanes.num_rows, dtype=torch.int64)
     start = 0
-    for rows in _counted_rows(shards, files, num_cpus=1):
+    for rows in _counted_rows(shards, files):
         stop = start + len(rows.sample_ids)
         images[start:stop], sample_ids[start:stop] = rows
         start = stop
@@ -130,11 +134,11 @@ def stream_rows(shards: Shards, files: Iterator[ShardFile]) -> Iterator[Rows]:
 
 def _executions(shards: Shards, files: Iterator[ShardFile]) -> Generator[Rows]:
     while some := list(itertools.islice(files, _FILES_PER_EXECUTION)):
-        yield from _counted_rows(shards, some, num_cpus=_CPUS_PER_READER)
+        yield from _counted_rows(shards, some, **_READERS)
 
 
-def _counted_rows(shards: Shards, files: list[ShardFile], num_cpus: float) -> Iterator[Rows]:
-    tables = read_parts(shards.path, files, shards.format, num_cpus).iter_batches(
+def _counted_rows(shards: Shards, files: list[ShardFile], **readers: Any) -> Iterator[Rows]:
+    tables = read_parts(shards.path, files, shards.format, **readers).iter_batches(
         batch_size=None, batch_format="pyarrow"
     )
     for file, table in zip(files, tables, strict=True):

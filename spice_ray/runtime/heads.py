@@ -56,8 +56,13 @@ class HeadActor:
 
 
 def open_bank(embedding: Artifact) -> Bank:
-    """The bank of an embedding store, mapped."""
-    return Bank(*(np.load(embedding.file(f"{name}.npy"), mmap_mode="r") for name in Bank._fields))
+    """The bank of an embedding store, mapped; where it has no views, the plain feature stands for them."""
+    arrays = {name: np.load(embedding.file(f"{name}.npy"), mmap_mode="r") for name in ("embedding", "plain")}
+    if embedding.manifest["views"] == 0:
+        return Bank(**arrays, weak=arrays["plain"], strong=arrays["plain"][None])
+    return Bank(
+        **arrays, **{name: np.load(embedding.file(f"{name}.npy"), mmap_mode="r") for name in ("weak", "strong")}
+    )
 
 
 def num_actors(recipe: Recipe, scale: Scale, num_heads: int) -> int:

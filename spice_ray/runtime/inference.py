@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from spice_ray.config import Recipe, Scale
+from spice_ray.config import ImageRecipe, Scale
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, Bank, ShardFile
 from spice_ray.core.prototypes import unsupervised_loss
 from spice_ray.readers.parts import images_of
 from spice_ray.runtime.data import Shards
 from spice_ray.runtime.reading import read_parts
-from spice_ray.runtime.reliable import read_reliable
+from spice_ray.runtime.reliable import ReliableTable, read_reliable
 from spice_ray.runtime.weights import load_encoder, load_joint
 from spice_ray.runtime.workers import augmentation_of
 from spice_ray.stages.assign import predict
@@ -35,7 +35,7 @@ class InferenceJob:
     """What an actor of the pool is given."""
 
     model: Artifact
-    recipe: Recipe
+    recipe: ImageRecipe
     image_size: int
     threads: int
     use_gpu: bool
@@ -124,7 +124,7 @@ def map_images(
 
 
 def publish_embedding(
-    root: Path, print_: str, recipe: Recipe, scale: Scale, encoder: Artifact, shards: Shards, report: Report
+    root: Path, print_: str, recipe: ImageRecipe, scale: Scale, encoder: Artifact, shards: Shards, report: Report
 ) -> Artifact:
     """Embed all images and the heads' views of them, and publish the store."""
     width, views = encoder.manifest["embed_dim"], recipe.heads.views
@@ -133,7 +133,7 @@ def publish_embedding(
     def write(folder: Path) -> dict[str, Any]:
         # Rows of damaged files stay zero; no stage looks at them.
         shapes = {name: (shards.num_rows, width) for name in Bank._fields} | {"strong": (views, shards.num_rows, width)}
-        bank = Bank(**{name: _new_array(folder / f"{name}.npy", shape) for name, shape in shapes.items()})
+        bank = Bank(**{name: new_array(folder / f"{name}.npy", shape) for name, shape in shapes.items()})
 
         def take(ids: NDArray[np.int64], values: NDArray[np.float32]) -> None:
             parts = np.split(values, 3 + views, axis=1)
@@ -152,7 +152,7 @@ def publish_embedding(
 def publish_assignments(
     root: Path,
     print_: str,
-    recipe: Recipe,
+    recipe: ImageRecipe,
     scale: Scale,
     joint: Artifact,
     reliable: Artifact,
@@ -168,7 +168,7 @@ def publish_assignments(
         def take(ids: NDArray[np.int64], values: NDArray[np.float32]) -> None:
             nonlocal pooled
             if pooled is None:
-                pooled = _new_array(folder / "pooled.npy", (shards.num_rows, values.shape[1] - recipe.num_clusters))
+                pooled = new_array(folder / "pooled.npy", (shards.num_rows, values.shape[1] - recipe.num_clusters))
             logits[ids], pooled[ids] = values[:, : recipe.num_clusters], values[:, recipe.num_clusters :]
 
         map_images(PredictImages, _job(joint, recipe, shards, scale), shards, scale, take, report)
@@ -176,7 +176,11 @@ def publish_assignments(
         train_ids = training_ids(shards)
         loss = final_loss(torch.from_numpy(logits[train_ids]), torch.from_numpy(pooled[train_ids]), recipe)
         (folder / "pooled.npy").unlink()
-        table = _assignments(logits, read_reliable(reliable), shards, skipped=joint.manifest["skipped"] is not None)
+        confidences, clusters = torch.from_numpy(logits).softmax(dim=1).max(dim=1)
+        kept = read_reliable(reliable)
+        if joint.manifest["skipped"] is not None:
+            kept = kept._replace(weights=torch.zeros_like(kept.weights))
+        table = assignments_table(clusters.numpy(), confidences.numpy(), kept, shards)
         pq.write_table(table, folder / "assignments.parquet")
         sizes = np.bincount(table["cluster"].to_numpy(), minlength=recipe.num_clusters)
         return {"unsupervised_loss": loss, "cluster_sizes": sizes.tolist()}
@@ -184,7 +188,7 @@ def publish_assignments(
     return publish(root, ASSIGNMENTS, print_, write)
 
 
-def final_loss(logits: torch.Tensor, pooled: torch.Tensor, recipe: Recipe) -> float:
+def final_loss(logits: torch.Tensor, pooled: torch.Tensor, recipe: ImageRecipe) -> float:
     """The unsupervised loss of a trained classifier on its own embedding: what trials of a sweep are ranked by."""
     embeddings = F.normalize(pooled, dim=1)
     return float(unsupervised_loss(embeddings, logits, confident_fraction=recipe.heads.confident_fraction))
@@ -215,27 +219,28 @@ def _column(shards: Shards, name: str, files: list[ShardFile]) -> pa.ChunkedArra
     )
 
 
-def _assignments(logits: NDArray[np.float32], reliable: Any, shards: Shards, *, skipped: bool) -> pa.Table:
-    """One row per image that can be read."""
+def assignments_table(
+    clusters: NDArray[np.int64], confidences: NDArray[np.float32], reliable: ReliableTable, shards: Shards
+) -> pa.Table:
+    """One row per image that can be read; ``clusters`` and ``confidences`` are of all, (N,)."""
     ids = readable_ids(shards)
-    confidence, cluster = torch.from_numpy(logits[ids]).softmax(dim=1).max(dim=1)
-    kept = reliable.weights.numpy()[ids] > 0
     return pa.table(
         {
             "sample_id": ids,
             "source": _column(shards, "source", shards.readable),
             "split": _column(shards, "split", shards.readable),
-            "cluster": cluster.numpy(),
-            "confidence": confidence.numpy(),
+            "cluster": clusters[ids],
+            "confidence": confidences[ids],
             "consistency": pa.array(reliable.consistency.numpy()[ids], from_pandas=True),
-            "reliable": np.zeros_like(kept) if skipped else kept,
+            "reliable": reliable.weights.numpy()[ids] > 0,
         }
     )
 
 
-def _job(model: Artifact, recipe: Recipe, shards: Shards, scale: Scale) -> InferenceJob:
+def _job(model: Artifact, recipe: ImageRecipe, shards: Shards, scale: Scale) -> InferenceJob:
     return InferenceJob(model, recipe, shards.image_size, scale.cpus_per_worker, scale.gpus_per_worker > 0)
 
 
-def _new_array(file: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def new_array(file: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """A mapped .npy file of zeros."""
     return np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)

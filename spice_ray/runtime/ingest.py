@@ -22,6 +22,7 @@ import ray
 
 from spice_ray.contracts import LABELS, SHARDS
 from spice_ray.errors import DataError
+from spice_ray.readers.embeddings import EmbeddingSource
 from spice_ray.readers.parts import PartFormat
 from spice_ray.readers.records import Chunk, Source
 from spice_ray.readers.rows import count_rows
@@ -53,7 +54,7 @@ class _Read(NamedTuple):
 
 
 def ingest(
-    source: Source, root: Path, *, image_size: int, seed: int, reporter: Reporter
+    source: Source, root: Path, *, image_size: int | None, seed: int, reporter: Reporter
 ) -> tuple[Artifact, Artifact | None]:
     """Decode every image of ``source`` and publish image shards, and labels where the source has some.
 
@@ -64,7 +65,7 @@ def ingest(
     Args:
         source: What ``open_source`` found.
         root: The folder of artifacts, which every node must see; while it lasts, it takes twice the room of the shards.
-        image_size: S, pixels.
+        image_size: S, pixels; None for embeddings, which have none.
         seed: Orders the rows.
         reporter: Shows progress.
 
@@ -94,17 +95,24 @@ def ingest(
         return shards, found
 
 
-def _plan(source: Source, root: Path, image_size: int, seed: int) -> Task:
+def _plan(source: Source, root: Path, image_size: int | None, seed: int) -> Task:
     """Where the runs go, named by what they are made of, and how large they are."""
-    count, size = count_rows(source), source.encoded_bytes()
-    pixels = (count or 0) * 3 * image_size**2
-    gains = size is not None and image_size >= _ENCODED_SIDE and pixels >= _ENCODED_GAIN * size
-    stored = "encoded" if gains else "pixels"
+    count = count_rows(source)
+    format_ = _format(source, image_size, count)
     least, most = _RUN_BYTES
-    run_bytes = most if count is None else min(most, max(least, pixels // _NUM_RUNS))
+    run_bytes = most if count is None else min(most, max(least, count * format_.row_bytes // _NUM_RUNS))
     made_of = {"listing": source.listing_digest(), "labels": source.labels_known, "run_bytes": run_bytes}
-    print_ = fingerprint("ingest", {**made_of, "image_size": image_size, "seed": seed, "stored": stored}, [])
-    return Task(root.resolve() / f".ingest-{print_}", PartFormat(image_size, stored), seed, run_bytes)
+    print_ = fingerprint("ingest", {**made_of, **format_._asdict(), "seed": seed}, [])
+    return Task(root.resolve() / f".ingest-{print_}", format_, seed, run_bytes)
+
+
+def _format(source: Source, image_size: int | None, count: int | None) -> PartFormat:
+    if isinstance(source, EmbeddingSource):
+        return PartFormat(source.dim, "vectors")
+    assert image_size is not None
+    size, pixels = source.encoded_bytes(), PartFormat(image_size, "pixels")
+    gains = size is not None and (count or 0) * pixels.row_bytes >= _ENCODED_GAIN * size
+    return pixels._replace(stored="encoded") if gains and image_size >= _ENCODED_SIDE else pixels
 
 
 def _on_the_cluster(items: list[Any], work: Callable[[Any], dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -128,7 +136,7 @@ def _work_on(batch: pa.Table, work: Callable[[Any], dict[str, Any]]) -> pa.Table
 
 def _read(source: Source, task: Task, report: Callable[[int, int | None], None]) -> _Read:
     """First pass: every chunk becomes sorted runs."""
-    chunks = source.chunks(max(1, task.run_bytes // (3 * task.format.image_size**2)))
+    chunks = source.chunks(max(1, task.run_bytes // task.format.row_bytes))
     total = count_rows(source)
     runs, num_images, rejects, digest = list[str](), 0, list[tuple[str, str]](), 0
     work = partial(_write_runs, task=task)
@@ -148,10 +156,10 @@ def _write_runs(item: tuple[int, Chunk], task: Task) -> dict[str, Any]:
 
 def _write_parts(read: _Read, task: Task, report: Callable[[int, int | None], None]) -> list[dict[str, Any]]:
     """Second pass: the runs are merged into parts; gives their entries of the manifest."""
-    pixels = read.num_images * 3 * task.format.image_size**2
+    total = read.num_images * task.format.row_bytes
     least, most = _PART_BYTES
-    part_bytes = min(most, max(least, pixels // _NUM_PARTS))
-    num_parts = _PARTS_MULTIPLE * math.ceil(pixels / (_PARTS_MULTIPLE * part_bytes))
+    part_bytes = min(most, max(least, total // _NUM_PARTS))
+    num_parts = _PARTS_MULTIPLE * math.ceil(total / (_PARTS_MULTIPLE * part_bytes))
     parts = plan_parts(count_bins(task.folder, read.runs), num_parts)
     files: list[dict[str, Any]] = []
     for record in _on_the_cluster(parts, partial(merge_part, runs=read.runs, task=task)):
@@ -172,7 +180,7 @@ def _nothing_read(rejects: list[tuple[str, str]]) -> str:
 
 def _publish_shards(root: Path, task: Task, read: _Read, files: list[dict[str, Any]]) -> Artifact:
     splits: Counter[str] = sum((Counter(file["splits"]) for file in files), Counter())
-    image_size = task.format.image_size
+    size = {"embed_dim" if task.format.stored == "vectors" else "image_size": task.format.size}
 
     def write(staging: Path) -> dict[str, Any]:
         for file in files:
@@ -182,7 +190,7 @@ def _publish_shards(root: Path, task: Task, read: _Read, files: list[dict[str, A
         pq.write_table(rejects, staging / "rejects.parquet")
         return {
             "num_images": read.num_images,
-            "image_size": image_size,
+            **size,
             "stored": task.format.stored,
             "splits": dict(sorted(splits.items())),
             "files": files,
@@ -190,8 +198,7 @@ def _publish_shards(root: Path, task: Task, read: _Read, files: list[dict[str, A
             "digest": read.digest,
         }
 
-    settings = {"image_size": image_size, "seed": task.seed}
-    return publish(root, SHARDS, fingerprint(SHARDS, settings, [read.digest]), write)
+    return publish(root, SHARDS, fingerprint(SHARDS, {**size, "seed": task.seed}, [read.digest]), write)
 
 
 def _labels(folder: Path, num_parts: int) -> pa.Table:

@@ -1,6 +1,7 @@
-"""How much memory a worker may fill with images."""
+"""How much memory a worker may fill with images, and where they go."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -11,14 +12,30 @@ _SHARE = 0.5
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def image_budget(scale: Scale, device: torch.device, num_sharing: int) -> int:
-    """Bytes of images that one of ``num_sharing`` workers of a machine may hold, on its GPU where it has one."""
+class Budget(NamedTuple):
+    """Bytes of images that a worker may hold."""
+
+    on_device: int
+    on_host: int
+
+
+def image_budget(scale: Scale, device: torch.device, num_sharing: int) -> Budget:
+    """What one of ``num_sharing`` workers of a machine may hold on its device and in main memory."""
     if scale.resident_memory is not None:
-        return int(scale.resident_memory * (1 << 30))
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _SHARE * min(1.0, scale.gpus_per_worker))
-    return int(free_memory() * _SHARE / num_sharing)
+        given = int(scale.resident_memory * (1 << 30))
+        return Budget(given, given)
+    on_host = int(free_memory() * _SHARE / num_sharing)
+    if device.type != "cuda":
+        return Budget(on_host, on_host)
+    free, _ = torch.cuda.mem_get_info(device)
+    return Budget(int(free * _SHARE * min(1.0, scale.gpus_per_worker)), on_host)
+
+
+def home_of(num_bytes: int, device: torch.device, budget: Budget) -> torch.device | None:
+    """Where images of that size are kept: on the device, else in main memory; None where both are too small."""
+    if num_bytes <= budget.on_device:
+        return device
+    return torch.device("cpu") if num_bytes <= budget.on_host else None
 
 
 def free_memory() -> int:

@@ -20,10 +20,25 @@ def prepare_context() -> None:
     context.raise_original_map_exception = True
 
 
-def read_parts(folder: Path, files: list[ShardFile], format_: PartFormat, num_cpus: float = 1) -> ray.data.Dataset:
-    """A stream of shard files, one block each, in the order given; images are decoded."""
-    read = partial(_read, folder=folder, format_=format_)
-    return _per_file(files).map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=num_cpus)
+def read_parts(
+    folder: Path, files: list[ShardFile], format_: PartFormat, *, num_cpus: float = 1, num_tasks: int | None = None
+) -> ray.data.Dataset:
+    """A stream of shard files, one block each, in the order given; images are decoded.
+
+    Args:
+        folder: Of the shards.
+        files: Which of them.
+        format_: What the manifest says of their rows.
+        num_cpus: Of each task that reads.
+        num_tasks: How many read at once; None: as many as there is room for.
+    """
+    return _per_file(files).map_batches(
+        partial(_read, folder=folder, format_=format_),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=num_cpus,
+        compute=ray.data.TaskPoolStrategy(size=num_tasks),
+    )
 
 
 def find_damaged(folder: Path, files: list[ShardFile]) -> frozenset[str]:

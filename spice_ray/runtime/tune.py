@@ -19,15 +19,15 @@ import torch
 import yaml
 from torch import Tensor
 
-from spice_ray.config import Recipe, Scale, Sweep
+from spice_ray.config import ImageRecipe, Scale, Sweep
 from spice_ray.contracts import JOINT
 from spice_ray.errors import SpiceError, TrainingError
 from spice_ray.readers.parts import images_of, read_part
 from spice_ray.recipe import sweep_recipe
 from spice_ray.run_folder import RunFolder, science
+from spice_ray.runtime.image_pipeline import ImagePipeline
 from spice_ray.runtime.inference import final_loss, readable_ids, training_ids
 from spice_ray.runtime.memory import image_budget
-from spice_ray.runtime.pipeline import Pipeline
 from spice_ray.runtime.progress import Done, ProgressWriter, watched
 from spice_ray.runtime.weights import load_joint
 from spice_ray.runtime.workers import Host, augmentation_of, publish_skipped, run_joint
@@ -57,7 +57,7 @@ class TrialProgress:
         """There is nobody to tell."""
 
 
-def run_sweep(pipeline: Pipeline, settings: Sweep, name: str) -> list[dict[str, Any]]:
+def run_sweep(pipeline: ImagePipeline, settings: Sweep, name: str) -> list[dict[str, Any]]:
     """Run the trials, write their table and the winner's recipe and assignments, and give the rows, best first.
 
     Raises:
@@ -81,7 +81,7 @@ def run_sweep(pipeline: Pipeline, settings: Sweep, name: str) -> list[dict[str, 
     return rows
 
 
-def _finish_winner(pipeline: Pipeline, winner: Recipe, folder: Path) -> None:
+def _finish_winner(pipeline: ImagePipeline, winner: ImageRecipe, folder: Path) -> None:
     """Make the sweep's folder a run of the winner that shares the artifacts of the run that was swept."""
     (folder / "winner.yaml").write_text(yaml.safe_dump(science(winner), sort_keys=False), encoding="utf-8")
     record = read_json(pipeline.run.path / "run.json")
@@ -91,7 +91,7 @@ def _finish_winner(pipeline: Pipeline, winner: Recipe, folder: Path) -> None:
     replace(pipeline, recipe=winner, run=RunFolder(folder, pipeline.run.artifacts)).finish()
 
 
-def _fit(pipeline: Pipeline, settings: Sweep, folder: Path, progress: Path) -> ray.tune.ResultGrid:
+def _fit(pipeline: ImagePipeline, settings: Sweep, folder: Path, progress: Path) -> ray.tune.ResultGrid:
     scale = pipeline.recipe.scale
     resources: dict[str, float] = {"CPU": scale.cpus_per_worker}
     if scale.gpus_per_worker:
@@ -134,7 +134,7 @@ def _num_trials(settings: Sweep) -> int:
     return total
 
 
-def _trial(config: dict[str, Any], *, pipeline: Pipeline, progress: Path) -> None:
+def _trial(config: dict[str, Any], *, pipeline: ImagePipeline, progress: Path) -> None:
     """One trial, on one worker."""
     start = time.monotonic()
     torch.set_num_threads(pipeline.recipe.scale.cpus_per_worker)
@@ -150,7 +150,7 @@ def _trial(config: dict[str, Any], *, pipeline: Pipeline, progress: Path) -> Non
     ray.tune.report({**metrics, "trial_seconds": time.monotonic() - start})
 
 
-def evaluate_trial(pipeline: Pipeline) -> dict[str, Any]:
+def evaluate_trial(pipeline: ImagePipeline) -> dict[str, Any]:
     """Reliable labels and stage 3 in this process, and the loss that ranks the result."""
     reliable, skip = pipeline.reliable, pipeline.why_skip_joint()
     print_ = pipeline.joint_fingerprint()
@@ -167,7 +167,7 @@ def evaluate_trial(pipeline: Pipeline) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def trial_loss(pipeline: Pipeline, joint: Artifact) -> float:
+def trial_loss(pipeline: ImagePipeline, joint: Artifact) -> float:
     """The loss that ``assignments`` would record for the classifier, without a pool of actors."""
     recipe, shards = pipeline.recipe, pipeline.train_shards
     device = torch.device("cuda" if recipe.scale.gpus_per_worker else "cpu")
@@ -182,7 +182,7 @@ def trial_loss(pipeline: Pipeline, joint: Artifact) -> float:
     return final_loss(logits[counts], pooled[counts], recipe)
 
 
-def row_of(result: Any, settings: Sweep, recipe: Recipe) -> dict[str, Any]:
+def row_of(result: Any, settings: Sweep, recipe: ImageRecipe) -> dict[str, Any]:
     """A trial as the table shows it: ``values``, ``loss`` (None where it has none to be ranked by) and the rest."""
     metrics = result.metrics or {}
     loss = metrics.get("loss")

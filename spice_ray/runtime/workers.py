@@ -18,6 +18,7 @@ from spice_ray.core.joint import JointModel
 from spice_ray.core.lanes import Lanes, Stream, serve, shuffle_window
 from spice_ray.core.order import stream_key, with_replacement
 from spice_ray.runtime.data import Shards, open_lanes
+from spice_ray.runtime.memory import Budget
 from spice_ray.runtime.reliable import read_reliable
 from spice_ray.runtime.weights import load_encoder, load_head, save_weights
 from spice_ray.stages.pretrain import pretrain
@@ -60,8 +61,8 @@ class Host:
     device: torch.device
     wrap: Wrap
     progress: Progress
-    memory: int
-    """Bytes of images that the worker may hold."""
+    memory: Budget
+    """How many images the worker may hold."""
 
 
 def augmentation_of(image: Image) -> Augmentation:

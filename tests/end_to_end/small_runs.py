@@ -1,10 +1,11 @@
 """A small corpus, and a recipe that runs through all stages in seconds."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from spice_ray import workflow
-from spice_ray.config import Recipe
+from spice_ray.config import ImageRecipe
 from spice_ray.recipe import load_recipe
 from spice_ray.runtime.tune import SilentReporter
 
@@ -30,10 +31,21 @@ class Corpus:
     folder: Path
 
 
-def small_recipe(*more: str) -> Recipe:
-    return load_recipe("digits", [*(f"{key}={value}" for key, value in OVERRIDES.items()), *more])
+def small_recipe(*more: str) -> ImageRecipe:
+    recipe = load_recipe("digits", [*(f"{key}={value}" for key, value in OVERRIDES.items()), *more])
+    assert isinstance(recipe, ImageRecipe)
+    return recipe
 
 
 def cluster(data: Path, out: Path, *more: str) -> Path:
     workflow.run(workflow.prepare(small_recipe(*more), str(data), out), SilentReporter())
     return out
+
+
+def damage(shards: Path, part: str) -> int:
+    """Flip a bit of a part; gives the part's number of rows."""
+    content = bytearray((shards / part).read_bytes())
+    content[len(content) // 2] ^= 1
+    (shards / part).write_bytes(content)
+    files = json.loads((shards / "manifest.json").read_text())["files"]
+    return int(next(file["rows"] for file in files if file["name"] == part))

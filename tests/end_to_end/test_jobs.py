@@ -43,13 +43,23 @@ def job_server() -> Iterator[str]:
             *(f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
             *(f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}", "--include-dashboard=true"),
         ]
-        head = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        nowhere = subprocess.DEVNULL
+        head = subprocess.Popen(command, env=ENVIRONMENT, stdout=nowhere, stderr=nowhere, start_new_session=True)
         try:
             wait_for_server(dashboard, head)
             yield f"http://127.0.0.1:{dashboard}"
         finally:
-            head.send_signal(signal.SIGTERM)
-            head.wait(60)
+            end(head)
+
+
+def end(head: subprocess.Popen[bytes]) -> None:
+    """End the head with its processes: left to itself it waits half a minute for them."""
+    os.killpg(head.pid, signal.SIGTERM)
+    try:
+        head.wait(10)
+    except subprocess.TimeoutExpired:
+        os.killpg(head.pid, signal.SIGKILL)
+        head.wait(10)
 
 
 def wait_for_server(port: int, head: subprocess.Popen[bytes]) -> None:

@@ -16,11 +16,11 @@ from spice_ray.evaluate import evaluate
 from spice_ray.readers.source import open_source
 from spice_ray.run_folder import RunFolder
 from spice_ray.runtime.data import load_rows
+from spice_ray.runtime.image_pipeline import ImagePipeline
 from spice_ray.runtime.inference import training_ids
 from spice_ray.runtime.ingest import ingest
-from spice_ray.runtime.pipeline import Pipeline
 from spice_ray.runtime.tune import SilentReporter
-from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, cluster, small_recipe
+from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, cluster, damage, small_recipe
 
 COLUMNS = ["sample_id", "source", "split", "cluster", "confidence", "consistency", "reliable"]
 KINDS = ["shards", "encoder", "embedding", "heads", "reliable", "joint", "assignments"]
@@ -144,30 +144,13 @@ def test_the_unlabeled_part_of_a_collection_is_seen_by_stage_1_alone(
         shards, _ = ingest(
             open_source(str(source)), tmp_path / "shards", image_size=16, seed=0, reporter=SilentReporter()
         )
-        pipeline = Pipeline(RunFolder(tmp_path, tmp_path), recipe, shards, None, SilentReporter())
+        pipeline = ImagePipeline(RunFolder(tmp_path, tmp_path), recipe, shards, None, SilentReporter())
         assert (pipeline.pretrain_shards.num_counted, pipeline.train_shards.num_counted) == (first, others)
         assert len(training_ids(pipeline.pretrain_shards)) == first
         lanes = serve(pipeline.train_shards.files, [0], 1)
         assert (
             load_rows(pipeline.train_shards, lanes).sample_ids.tolist() == training_ids(pipeline.train_shards).tolist()
         )
-
-
-def test_the_split_protocol_trains_on_train_and_scores_on_test(corpus: Corpus, tmp_path: Path, local_ray: None) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    table = pq.read_table(corpus.parquet)
-    pq.write_table(table.slice(0, 450), source / "train.parquet")
-    pq.write_table(table.slice(450), source / "test.parquet")
-    run = cluster(source, tmp_path / "run", "protocol=split", "pretrain.queue_size=64")
-    rows = pq.read_table(run / "assignments.parquet")
-    is_train = np.asarray(rows["split"].to_pylist()) == "train"
-    assert is_train.sum() == 450
-    consistency = np.asarray(rows["consistency"].to_pylist(), float)
-    assert np.isnan(consistency[~is_train]).all()
-    assert not np.isnan(consistency[is_train]).any()
-    assert not np.asarray(rows["reliable"].to_pylist())[~is_train].any()
-    assert evaluate(run)["n"] == 150
 
 
 def test_streamed_images_give_the_same_models_as_resident_ones(copied: Path, corpus: Corpus) -> None:
@@ -177,24 +160,13 @@ def test_streamed_images_give_the_same_models_as_resident_ones(copied: Path, cor
     assert digests(copied) == resident
 
 
-def damage(run: Path, part: str) -> int:
-    """Flip a bit of a part and forget all that was made of the shards; gives the part's number of images."""
-    (shards,) = (run / "artifacts").glob("shards-*")
-    content = bytearray((shards / part).read_bytes())
-    content[len(content) // 2] ^= 1
-    (shards / part).write_bytes(content)
-    forget(run, *KINDS[1:])
-    files = json.loads((shards / "manifest.json").read_text())["files"]
-    return next(file["rows"] for file in files if file["name"] == part)
-
-
 def test_a_damaged_part_stops_training_with_its_name_or_is_left_out_where_that_is_allowed(
     copied: Path, corpus: Corpus
 ) -> None:
-    lost = damage(copied, "part-00005.parquet")
-    for memory in ("null", "0"):
-        with pytest.raises(SpiceError, match=r"part-00005\.parquet is damaged .* scale\.skip_damaged=true"):
-            cluster(corpus.parquet, copied, f"scale.resident_memory={memory}")
+    lost = damage(next((copied / "artifacts").glob("shards-*")), "part-00005.parquet")
+    forget(copied, *KINDS[1:])
+    with pytest.raises(SpiceError, match=r"part-00005\.parquet is damaged .* scale\.skip_damaged=true"):
+        cluster(corpus.parquet, copied, "scale.resident_memory=0")
     cluster(corpus.parquet, copied, "scale.skip_damaged=true")
     table = pq.read_table(copied / "assignments.parquet")
     assert len(table) == NUM_IMAGES - lost

@@ -68,15 +68,9 @@ def kill_and_go_on(kind: str, corpus: Corpus, recipe: Path, finished: Path, run:
 
 
 @pytest.mark.timeout(900)
-def test_a_driver_killed_in_stage_1_goes_on_to_the_same_result(
-    corpus: Corpus, recipe_file: Path, finished: Path, tmp_path: Path
-) -> None:
-    kill_and_go_on("encoder", corpus, recipe_file, finished, tmp_path / "run")
-
-
-@pytest.mark.faults
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", [kind for kind in STAGES if kind != "encoder"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.faults] if kind != "joint" else []) for kind in STAGES]
+)
 def test_a_driver_killed_in_any_stage_goes_on_to_the_same_result(
     kind: str, corpus: Corpus, recipe_file: Path, finished: Path, tmp_path: Path
 ) -> None:

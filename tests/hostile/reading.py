@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from spice_ray.readers.parts import PartFormat
 from spice_ray.readers.records import Chunk
 from spice_ray.readers.rows import Row, read_rows
 from spice_ray.readers.source import open_source
@@ -30,9 +31,9 @@ def read_chunks(chunks: Iterable[Chunk]) -> dict[str, Found]:
     """Every image and every reason by its source."""
     found: dict[str, Found] = {}
     for chunk in chunks:
-        for row in read_rows(chunk, image_size=SIZE, seed=0, stored="pixels"):
+        for row in read_rows(chunk, PartFormat(SIZE, "pixels"), seed=0):
             assert row.source not in found, row.source
-            found[row.source] = pixels(row.image) if isinstance(row, Row) else row.reason
+            found[row.source] = pixels(row.content) if isinstance(row, Row) else row.reason
     return found
 
 

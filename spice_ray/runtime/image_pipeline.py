@@ -1,0 +1,149 @@
+"""The paper's three stages on images, as a straight line of artifacts."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from spice_ray.config import ImageRecipe
+from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, ENCODER, JOINT
+from spice_ray.runtime.data import Shards, check_lanes, open_shards
+from spice_ray.runtime.inference import publish_assignments, publish_embedding
+from spice_ray.runtime.pipeline import Pipeline, Show, settings_of
+from spice_ray.runtime.progress import Done, watched
+from spice_ray.runtime.reliable import why_skip
+from spice_ray.runtime.train import fit
+from spice_ray.runtime.workers import JointJob, PretrainJob, publish_skipped, run_joint, run_pretrain
+from spice_ray.shards import splits_of
+from spice_ray.storage import Artifact, fingerprint
+
+
+@dataclass(frozen=True)
+class ImagePipeline(Pipeline):
+    """A run on images."""
+
+    recipe: ImageRecipe
+
+    def __post_init__(self) -> None:
+        """Refuse images that the recipe does not fit.
+
+        Raises:
+            ConfigError: They are too few, or of another size.
+        """
+        super().__post_init__()
+        check_lanes(self.pretrain_shards, self.recipe.pretrain.lanes, "pretrain.lanes")
+        check_lanes(self.train_shards, self.recipe.joint.lanes, "joint.lanes")
+
+    @cached_property
+    def pretrain_shards(self) -> Shards:
+        """The images that stage 1 sees."""
+        return open_shards(self.shards_artifact, splits_of(self.recipe.protocol, first_stage=True), self.damaged)
+
+    @cached_property
+    def encoder(self) -> Artifact:
+        """Stage 1."""
+        recipe = self.recipe
+        settings = {"pretrain": settings_of(recipe.pretrain), "image": settings_of(recipe.image), **self._common()}
+        if self.damaged:
+            settings["damaged"] = sorted(self.damaged)
+
+        def make(print_: str, progress: Path, show: Show) -> None:
+            job = PretrainJob(recipe.pretrain, recipe.image, self.pretrain_shards, recipe.seed, self._root, print_)
+            watched(lambda: fit(run_pretrain, job, recipe.scale, self.run.checkpoints, progress), progress, show)
+
+        return self._artifact(ENCODER, "stage 1: contrastive encoder", "steps", settings, [self.shards_artifact], make)
+
+    @cached_property
+    def embedding(self) -> Artifact:
+        """The frozen embedding and the heads' views."""
+        recipe = self.recipe
+        encoder = self.encoder
+        settings = {"views": recipe.heads.views, "image": settings_of(recipe.image), "seed": recipe.seed}
+
+        def make(print_: str, progress: Path, show: Show) -> None:
+            publish_embedding(
+                self._root,
+                print_,
+                recipe,
+                recipe.scale,
+                encoder,
+                self.all_shards,
+                lambda done, total: show(Done(done, total, None)),
+            )
+
+        return self._artifact(EMBEDDING, "frozen embedding", "images", settings, [encoder], make)
+
+    @cached_property
+    def joint(self) -> Artifact:
+        """Stage 3."""
+        reliable = self.reliable
+        self._warn_of_empty_clusters(reliable)
+
+        def make(print_: str, progress: Path, show: Show) -> None:
+            job, skip = self.joint_job(print_), self.why_skip_joint()
+            if skip is not None:
+                self.reporter.note(f"stage 3 is skipped: {skip}")
+                publish_skipped(job, skip)
+                return
+            watched(lambda: fit(run_joint, job, self.recipe.scale, self.run.checkpoints, progress), progress, show)
+
+        return self._artifact(JOINT, "stage 3: joint training", "steps", self._joint_settings(), [reliable], make)
+
+    def make_shared(self) -> None:
+        """Stages 1 and 2, once, before the trials of a sweep would each make them."""
+        self.reporter.note(f"stages 1 and 2: {self.heads.path.name}")
+
+    def joint_job(self, print_: str) -> JointJob:
+        """What a worker of stage 3 is given."""
+        recipe = self.recipe
+        return JointJob(
+            recipe.joint,
+            recipe.image,
+            self.train_shards,
+            recipe.seed,
+            recipe.num_clusters,
+            self.encoder,
+            self.heads,
+            self.reliable,
+            self._root,
+            print_,
+        )
+
+    def joint_fingerprint(self) -> str:
+        """The name that stage 3's artifact has or will have."""
+        return fingerprint(JOINT, self._joint_settings(), [self.reliable.fingerprint])
+
+    def why_skip_joint(self) -> str | None:
+        """Why stage 3 cannot be trained, or None."""
+        rows = [file.rows for file in self.train_shards.files]
+        return why_skip(self.reliable, self.recipe, rows, self.recipe.joint.lanes)
+
+    @cached_property
+    def assignments(self) -> Artifact:
+        """Every image's cluster."""
+        recipe, joint = self.recipe, self.joint
+        reliable = self.reliable
+        settings = {"image": settings_of(recipe.image), "fraction": recipe.heads.confident_fraction}
+
+        def make(print_: str, progress: Path, show: Show) -> None:
+            def report(done: int, total: int) -> None:
+                show(Done(done, total, None))
+
+            publish_assignments(self._root, print_, recipe, recipe.scale, joint, reliable, self.train_shards, report)
+
+        return self._artifact(ASSIGNMENTS, "assignments", "images", settings, [joint, reliable], make)
+
+    @property
+    def made(self) -> list[Artifact]:
+        """Shards, and what each stage left behind."""
+        return [self.shards_artifact, self.encoder, self.embedding, self.heads, self.reliable, self.joint]
+
+    def _joint_settings(self) -> dict[str, Any]:
+        return {"joint": settings_of(self.recipe.joint), "image": settings_of(self.recipe.image), **self._common()}
+
+    def _warn_of_empty_clusters(self, reliable: Artifact) -> None:
+        empty = [cluster for cluster, kept in enumerate(reliable.manifest["kept"]) if kept == 0]
+        if empty:
+            self.reporter.note(
+                f"clusters {empty} have no reliable sample; stage 3 goes on without (kept: {reliable.manifest['kept']})"
+            )

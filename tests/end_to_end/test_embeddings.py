@@ -1,0 +1,124 @@
+"""Runs that begin with embeddings: those of a finished run's encoder, as another program would hand them over."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from spice_ray import workflow
+from spice_ray.errors import SpiceError
+from spice_ray.evaluate import evaluate
+from spice_ray.recipe import load_recipe
+from spice_ray.runtime.tune import SilentReporter
+from spice_ray.storage import Artifact, open_artifact
+from tests.end_to_end.small_runs import NUM_IMAGES, damage
+
+SETTINGS = ["heads.count=3", "heads.epochs=4", "heads.repeats=2"]
+
+
+@pytest.fixture(scope="session")
+def vectors(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .npy file of 600 embeddings and one that is not finite, with labels."""
+    (embedding,) = (finished / "artifacts").glob("embedding-*")
+    (labels,) = (finished / "artifacts").glob("labels-*")
+    file = tmp_path_factory.mktemp("vectors") / "model.npy"
+    rows = np.load(embedding / "plain.npy")
+    np.save(file, np.concatenate([rows, np.full_like(rows[:1], np.nan)]))
+    np.save(file.with_name("model.labels.npy"), [*pq.read_table(labels / "labels.parquet")["label"].to_pylist(), 0])
+    return file
+
+
+def cluster(data: Path, out: Path, *more: str) -> Path:
+    recipe = load_recipe("embeddings", [*SETTINGS, *more])
+    workflow.run(workflow.prepare(recipe, str(data), out), SilentReporter())
+    return out
+
+
+@pytest.fixture(scope="session")
+def embedded(vectors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the embeddings; not to be changed."""
+    return cluster(vectors, tmp_path_factory.mktemp("embedded") / "run")
+
+
+def one(run: Path, kind: str) -> Artifact:
+    (path,) = (run / "artifacts").glob(f"{kind}-*")
+    found = open_artifact(path.parent, kind, path.name.partition("-")[2])
+    assert found is not None
+    return found
+
+
+def test_embeddings_get_the_clusters_of_the_chosen_head(embedded: Path) -> None:
+    table, heads = pq.read_table(embedded / "assignments.parquet"), one(embedded, "heads")
+    assert table["sample_id"].to_pylist() == list(range(NUM_IMAGES))
+    assert table["cluster"].to_pylist() == np.load(heads.file("assignments.npy")).tolist()
+    assert table["confidence"].to_pylist() == np.load(heads.file("confidences.npy")).tolist()
+    consistency, reliable = table["consistency"].to_numpy(), np.asarray(table["reliable"].to_pylist())
+    assert 0 < reliable.sum() < NUM_IMAGES
+    assert (reliable == (consistency > 0.5)).all()
+    kinds = {path.name.partition("-")[0] for path in (embedded / "artifacts").iterdir()}
+    assert kinds == {"shards", "labels", "embedding", "heads", "reliable", "assignments"}
+
+
+def test_an_embedding_that_cannot_be_used_is_listed_with_its_reason(embedded: Path) -> None:
+    (reject,) = pq.read_table(embedded / "rejects.parquet").to_pylist()
+    assert reject["source"].endswith("600")
+    assert "not finite" in reject["reason"]
+
+
+def test_scores_have_no_rows_of_pixels_or_stage_3(embedded: Path) -> None:
+    result = evaluate(embedded)
+    assert [row["method"] for row in result["rows"]] == ["k-means on the embedding", "SPICE_s"]
+    assert result["n"] == NUM_IMAGES
+    assert result["nmi"] == result["rows"][1]["nmi"] > 0.4
+
+
+def test_heads_see_directions_alone(embedded: Path, vectors: Path) -> None:
+    rows = pq.read_table(embedded / "assignments.parquet", columns=["source"])["source"].to_pylist()
+    given = np.load(vectors)[[int(source.rpartition("#")[2]) for source in rows]].astype(np.float64)
+    unit = given / np.sqrt((given**2).sum(axis=1, keepdims=True))
+    store = one(embedded, "embedding")
+    np.testing.assert_allclose(np.load(store.file("embedding.npy")), unit, rtol=1e-6, atol=1e-9)
+    expected = unit * given.shape[1] ** 0.5
+    np.testing.assert_allclose(np.load(store.file("plain.npy")), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_table_of_the_same_embeddings_gives_the_same_rows(embedded: Path, vectors: Path, tmp_path: Path) -> None:
+    rows = np.load(vectors)[:NUM_IMAGES]
+    order = np.random.default_rng(0).permutation(NUM_IMAGES)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(rows[order].ravel()), rows.shape[1])
+    pq.write_table(pa.table({"embedding": column}), tmp_path / "a.parquet", row_group_size=100)
+    tables = [
+        pq.read_table(run / "assignments.parquet").drop_columns(["source"])
+        for run in (cluster(tmp_path / "a.parquet", tmp_path / "run"), embedded)
+    ]
+    assert tables[0].equals(tables[1])
+
+
+def test_a_damaged_part_of_embeddings_is_named_or_left_out(vectors: Path, tmp_path: Path) -> None:
+    workflow.ingest(
+        workflow.open_source(str(vectors)), tmp_path / "shards", image_size=None, seed=0, reporter=SilentReporter()
+    )
+    lost = damage(next((tmp_path / "shards").glob("shards-*")), "part-00005.parquet")
+    with pytest.raises(SpiceError, match=r"part-00005\.parquet is damaged"):
+        cluster(tmp_path / "shards", tmp_path / "run")
+    run = cluster(tmp_path / "shards", tmp_path / "run", "scale.skip_damaged=true")
+    assert len(pq.read_table(run / "assignments.parquet")) == NUM_IMAGES - lost
+    assert evaluate(run)["n"] == NUM_IMAGES - lost
+
+
+def test_the_split_protocol_trains_on_train_and_scores_on_test(vectors: Path, tmp_path: Path) -> None:
+    rows, labels = np.load(vectors)[:NUM_IMAGES], np.load(vectors.with_name("model.labels.npy"))[:NUM_IMAGES]
+    column = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
+    splits = np.where(np.arange(NUM_IMAGES) < 450, "train", "test")
+    pq.write_table(pa.table({"embedding": column, "split": splits, "label": labels}), tmp_path / "a.parquet")
+    run = cluster(tmp_path / "a.parquet", tmp_path / "run", "protocol=split")
+    table = pq.read_table(run / "assignments.parquet")
+    is_train = np.asarray(table["split"].to_pylist()) == "train"
+    assert is_train.sum() == 450
+    consistency = np.asarray(table["consistency"].to_pylist(), float)
+    assert np.isnan(consistency[~is_train]).all()
+    assert not np.isnan(consistency[is_train]).any()
+    assert not np.asarray(table["reliable"].to_pylist())[~is_train].any()
+    assert evaluate(run)["n"] == 150
