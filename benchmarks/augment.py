@@ -13,8 +13,6 @@ stage 1 are measured too.
 import argparse
 import importlib.metadata
 import importlib.util
-import json
-import platform
 import random
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from machine import surroundings, write_results
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -256,17 +255,6 @@ def measure_on_gpu() -> dict[str, float]:
     return {"views_per_second": rate, "step_seconds": clock.seconds, "share_of_step": share}
 
 
-def surroundings() -> dict[str, str]:
-    names = [name for name in ("torch", "torchvision", "pillow", "kornia", "kornia-rs") if _is_installed(name)]
-    processor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    versions = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version(), "processor": processor[0].partition(": ")[2]} | versions
-
-
-def _is_installed(name: str) -> bool:
-    return any(found.metadata["Name"] == name for found in importlib.metadata.distributions(name=name))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
@@ -274,8 +262,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     images = photos(ROWS)
-    results: dict[str, Any] = {"surroundings": surroundings(), "on_one_core": []}
-    print(results["surroundings"])
+    results: dict[str, Any] = {"on_one_core": []}
+    print(surroundings())
     for view, transforms, last, more in (
         ("contrastive", contrastive_transforms(), lambda view: view, by_kornia(images)),
         ("weak", weak_transforms(), lambda view: view, []),
@@ -285,9 +273,7 @@ def main() -> None:
         results["on_one_core"].append(measure(view, contenders, options.rounds))
     if torch.cuda.is_available():
         results["on_a_gpu"] = measure_on_gpu()
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1))
+    write_results(results, options.out)
 
 
 if __name__ == "__main__":

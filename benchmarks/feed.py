@@ -11,11 +11,10 @@ run on this machine:
    the same pixels in memory and over the JPEG files; ray.data.read_images with a map to channels first and
    iter_torch_batches. What is made once is made before, but for "from JPEG", where our ingest is counted.
 
-Prints two tables and one line of JSON.
+Prints two tables; ``--out`` names a JSON file for the seconds of every round.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 import ray.data
 import torch
+from machine import write_results
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -211,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, connected(Scale(), verbose=False):
@@ -227,7 +228,7 @@ def main() -> None:
         feeding = time_feeding(folder, files, shards, resident, stream, options.repeats)
     print(table(training, options.images, "one batch in memory"))
     print(table(feeding, options.images, "ours, streamed"))
-    print(json.dumps({"images": options.images, "training": training, "feeding": feeding}))
+    write_results({"images": options.images, "training": training, "feeding": feeding}, options.out)
 
 
 if __name__ == "__main__":

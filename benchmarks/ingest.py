@@ -1,13 +1,16 @@
-"""Ingest against Pillow alone, and its memory at two sizes.
+"""Ingest against Pillow alone, its memory at two sizes, and how soon it begins.
 
     python benchmarks/ingest.py speed --images 20000
     python benchmarks/ingest.py memory --images 60000 --more 1000000
+    python benchmarks/ingest.py listing --images 1000000
 
 ``speed`` writes JPEG files of 200 x 150 pixels and takes, interleaved, the CPU time that decoding, cutting and scaling
 them with Pillow alone takes and that of our chunk task (reading, checks, decoding, hashing, sorting, writing runs), on
 one core, and prints the ratio; then it times the whole ingest on Ray. ``memory`` ingests generated images (a source of
-its own, so that no million files are needed), watches the memory of all processes of the run, the driver's and the
-object store, and prints the peaks at both sizes.
+its own, so that no million files are needed) with an object store of 200 MB, watches the memory of all processes of the
+run, the driver's and the object store, and prints the peaks at both sizes. ``listing`` makes a tree of that many files
+(links to some small images) and times how long it takes until the tree is listed and the first images are decoded,
+sorted and on disk.
 """
 
 import argparse
@@ -17,24 +20,27 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
+from generated import SIDE, Generated
+from machine import write_results
 from PIL import Image
 
 from spice_ray.config import Scale
 from spice_ray.readers.parts import PartFormat
-from spice_ray.readers.records import Chunk, Record
 from spice_ray.readers.runs import Task, write_runs
 from spice_ray.readers.source import open_source
 from spice_ray.runtime.cluster import connected
 from spice_ray.runtime.ingest import ingest
+from spice_ray.runtime.progress import Done
 from spice_ray.runtime.tune import SilentReporter
 
-SIDE = 32
+STORE_BYTES = 200 << 20
 
 
 def write_images(folder: Path, count: int) -> list[Path]:
@@ -60,7 +66,7 @@ def by_pillow(file: Path, side: int) -> bytes:
     return square.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=3.0).tobytes()
 
 
-def speed(count: int, side: int) -> None:
+def speed(count: int, side: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "images"
         files = write_images(folder, count)
@@ -82,40 +88,7 @@ def speed(count: int, side: int) -> None:
             ingest(source, Path(name) / "shards", image_size=side, seed=0, reporter=SilentReporter())
             took = time.perf_counter() - start
         print(f"whole ingest on Ray: {count / took:,.0f} images/s, {took:.1f} s")
-
-
-@dataclass(frozen=True)
-class GeneratedChunk:
-    start: int
-    stop: int
-
-    @property
-    def num_rows(self) -> int:
-        return self.stop - self.start
-
-    def read(self) -> Iterator[Record]:
-        rng = np.random.default_rng(self.start)
-        for number in range(self.start, self.stop):
-            yield Record(
-                f"generated/{number:09d}", "train", None, rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-            )
-
-
-@dataclass(frozen=True)
-class Generated:
-    count: int
-    kind: str = "generated"
-    labels_known: bool = False
-
-    def listing_digest(self) -> str:
-        return f"{self.count}"
-
-    def encoded_bytes(self) -> None:
-        return None
-
-    def chunks(self, rows_per_chunk: int) -> list[Chunk]:
-        starts = range(0, self.count, rows_per_chunk)
-        return [GeneratedChunk(start, min(start + rows_per_chunk, self.count)) for start in starts]
+    return {"side": side, "pillow_cpu_seconds": alone, "chunk_task_cpu_seconds": ours, "whole_seconds": took}
 
 
 class Watch:
@@ -164,9 +137,10 @@ def private_memory(pid: int) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1e3
 
 
-def memory(counts: list[int]) -> None:
+def memory(counts: list[int]) -> dict[str, Any]:
+    found = {}
     for count in counts:
-        with tempfile.TemporaryDirectory() as name, connected(Scale(), verbose=False), Watch() as watch:
+        with tempfile.TemporaryDirectory() as name, small_store(), connected(Scale(), verbose=False), Watch() as watch:
             start = time.perf_counter()
             shards, _ = ingest(Generated(count), Path(name), image_size=SIDE, seed=0, reporter=SilentReporter())
             took = time.perf_counter() - start
@@ -175,19 +149,80 @@ def memory(counts: list[int]) -> None:
             f"{count} images ({count * 3 * SIDE**2 / 1e9:.2f} GB): {took:.0f} s, driver {watch.driver:.0f} MB, "
             f"workers {watch.workers:.0f} MB, object store {watch.store:.1f} MB"
         )
+        peaks = {"driver": watch.driver, "workers": watch.workers, "object_store": watch.store}
+        found[str(count)] = {"seconds": took, "peak_megabytes": peaks}
+    return found
+
+
+@contextmanager
+def small_store() -> Iterator[None]:
+    """Ray on this machine with an object store of 200 MB."""
+    with tempfile.TemporaryDirectory(prefix="spice-", ignore_cleanup_errors=True) as folder:
+        ray.init(
+            address="local",
+            num_cpus=(os.cpu_count() or 1) + 1,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=STORE_BYTES,
+            _temp_dir=folder,
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+class UntilFirst(SilentReporter):
+    """Stops an ingest at its first progress, which comes when the images of a chunk are on disk."""
+
+    @contextmanager
+    def stage(self, title: str, unit: str) -> Iterator[Callable[[Done], None]]:
+        def stop(_done: Done) -> None:
+            raise KeyboardInterrupt
+
+        yield stop
+
+
+def listing(count: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name, connected(Scale(), verbose=False):
+        folder = Path(name) / "images"
+        link_images(folder, write_images(Path(name) / "some", 100), count)
+        start = time.perf_counter()
+        try:
+            source = open_source(str(folder))
+            listed = len(source.chunks(count)) > 0 and time.perf_counter() - start
+            ingest(source, Path(name) / "shards", image_size=SIDE, seed=0, reporter=UntilFirst())
+        except KeyboardInterrupt:
+            first = time.perf_counter() - start
+    print(f"{count} files: listed in {listed:.1f} s, first images on disk after {first:.1f} s")
+    return {"files": count, "listed_seconds": listed, "first_seconds": first}
+
+
+def link_images(folder: Path, images: list[Path], count: int) -> None:
+    """A tree of ``count`` links, 1000 in each folder."""
+    for number in range(count):
+        file = folder / f"{number // 100_000:03d}" / f"{number // 1000:05d}" / f"{number:07d}.jpg"
+        if number % 1000 == 0:
+            file.parent.mkdir(parents=True)
+        os.link(images[number % len(images)], file)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "memory"])
+    parser.add_argument("what", choices=["speed", "memory", "listing"])
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--more", type=int, default=1_000_000)
     parser.add_argument("--side", type=int, default=SIDE)
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
     options = parser.parse_args()
-    if options.what == "speed":
-        speed(options.images, options.side)
-    else:
-        memory([options.images, options.more])
+    match options.what:
+        case "speed":
+            found = speed(options.images, options.side)
+        case "memory":
+            found = memory([options.images, options.more])
+        case _:
+            found = listing(options.images)
+    write_results({options.what: found}, options.out)
 
 
 if __name__ == "__main__":

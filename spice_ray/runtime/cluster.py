@@ -86,12 +86,19 @@ def _as_user_error(error: Exception) -> SpiceError:
     ours = find_spice_error(error)
     if ours is not None:
         return ours
-    cause = getattr(error, "cause", None)
-    lines = [line for line in str(cause or error).splitlines() if line.strip()]
-    first = lines[-1].strip() if lines else type(error).__name__
     return TrainingError(
-        f"a process on the cluster failed ({first}); run the same command again to go on, with --verbose to see more"
+        f"a process on the cluster failed ({_what_failed(error)}); run the same command again to go on, with --verbose "
+        "to see more"
     )
+
+
+def _what_failed(error: Exception) -> str:
+    """The cause in a line; Ray wraps it in a traceback, and Ray Data adds advice about its own settings below it."""
+    cause = getattr(error, "cause", None)
+    lines = [line.strip() for line in str(cause or error).splitlines() if line.strip()]
+    if not lines:
+        return type(cause or error).__name__
+    return lines[-1] if cause is None else f"{type(cause).__name__}: {lines[0]}"
 
 
 def _start(verbose: bool, environment: dict[str, str]) -> str:

@@ -2,10 +2,12 @@ import os
 
 import pytest
 import ray
+import ray.data
 
 from spice_ray.config import Scale
 from spice_ray.errors import DataError, ResourceError, TrainingError
 from spice_ray.runtime.cluster import check_local_cpus, connected, room
+from spice_ray.runtime.reading import prepare_context
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -25,6 +27,17 @@ def test_any_other_failure_of_a_worker_becomes_one_sentence() -> None:
         ray.get(fail.remote(ZeroDivisionError("by zero")))
     assert "by zero" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def refuse(_row: dict[str, int]) -> dict[str, int]:
+    raise ZeroDivisionError("by zero")
+
+
+def test_a_failure_in_ray_data_is_named_without_its_advice() -> None:
+    with pytest.raises(TrainingError) as caught, connected(Scale(), verbose=False):
+        prepare_context()
+        ray.data.range(1).map(refuse).materialize()
+    assert "failed (ZeroDivisionError: by zero); run" in str(caught.value)
 
 
 def test_one_cpu_is_left_for_the_tasks_that_read() -> None:
