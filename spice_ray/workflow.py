@@ -2,13 +2,13 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spice_ray.config import ImageRecipe, Recipe, Scale, Sweep, check_count
 from spice_ray.contracts import SHARDS
-from spice_ray.errors import ConfigError, DataError
+from spice_ray.errors import ConfigError, DataError, SpiceError
 from spice_ray.recipe import check_trials, load_recipe
 from spice_ray.run_folder import RunFolder, check_folder, check_held, claim, lock, read_record
 from spice_ray.runtime.cluster import check_local_cpus, connected
@@ -95,7 +95,7 @@ def run(prepared: Prepared, reporter: Reporter, *, verbose: bool = False) -> Art
     """
     reporter.note("starting Ray")
     with connected(prepared.recipe.scale, verbose=verbose):
-        return _pipeline(prepared, reporter).finish()
+        return _finish(_pipeline(prepared, reporter))
 
 
 def sweep(
@@ -194,6 +194,18 @@ def _pipeline(prepared: Prepared, reporter: Reporter) -> "Pipeline":
     if isinstance(recipe, ImageRecipe):
         return ImagePipeline(run, recipe, shards, labels, reporter)
     return EmbeddingPipeline(run, recipe, shards, labels, reporter)
+
+
+def _finish(pipeline: "Pipeline") -> Artifact:
+    """All stages; begun again without the shard files that were damaged meanwhile, where they may be left out."""
+    while True:
+        try:
+            return pipeline.finish()
+        except SpiceError:
+            anew = replace(pipeline)  # it looks for damage itself
+            if anew.damaged == pipeline.damaged:
+                raise
+            pipeline = anew
 
 
 def _shards(prepared: Prepared, reporter: Reporter) -> tuple[Artifact, Artifact | None]:

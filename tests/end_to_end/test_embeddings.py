@@ -1,5 +1,9 @@
 """Runs that begin with embeddings: those of a finished run's encoder, as another program would hand them over."""
 
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ from spice_ray import workflow
 from spice_ray.errors import SpiceError
 from spice_ray.evaluate import evaluate
 from spice_ray.recipe import load_recipe
+from spice_ray.runtime.progress import Done
 from spice_ray.runtime.tune import SilentReporter
 from spice_ray.storage import Artifact, open_artifact
 from tests.end_to_end.small_runs import NUM_IMAGES, damage
@@ -30,9 +35,9 @@ def vectors(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def cluster(data: Path, out: Path, *more: str) -> Path:
+def cluster(data: Path, out: Path, *more: str, reporter: SilentReporter | None = None) -> Path:
     recipe = load_recipe("embeddings", [*SETTINGS, *more])
-    workflow.run(workflow.prepare(recipe, str(data), out), SilentReporter())
+    workflow.run(workflow.prepare(recipe, str(data), out), reporter or SilentReporter())
     return out
 
 
@@ -96,16 +101,32 @@ def test_a_table_of_the_same_embeddings_gives_the_same_rows(embedded: Path, vect
     assert tables[0].equals(tables[1])
 
 
-def test_a_damaged_part_of_embeddings_is_named_or_left_out(vectors: Path, tmp_path: Path) -> None:
-    workflow.ingest(
-        workflow.open_source(str(vectors)), tmp_path / "shards", image_size=None, seed=0, reporter=SilentReporter()
-    )
-    lost = damage(next((tmp_path / "shards").glob("shards-*")), "part-00005.parquet")
+class Damager(SilentReporter):
+    """Flips a bit of a shard file when the stage begins that reads it: after it was looked at and found sound."""
+
+    def __init__(self, shards: Path) -> None:
+        self.shards, self.lost = shards, 0
+
+    @contextmanager
+    def stage(self, title: str, unit: str) -> Iterator[Callable[[Done], None]]:
+        if title == "embedding" and not self.lost:
+            self.lost = damage(self.shards, "part-00005.parquet")
+        with super().stage(title, unit) as show:
+            yield show
+
+
+def test_a_part_that_is_damaged_meanwhile_is_named_or_left_out_and_counted(vectors: Path, tmp_path: Path) -> None:
+    source = workflow.open_source(str(vectors))
+    shards = workflow.ingest(source, tmp_path / "shards", image_size=None, seed=0, reporter=SilentReporter()).path
+    copy = Path(shutil.copytree(shards.parent, tmp_path / "copy"))
     with pytest.raises(SpiceError, match=r"part-00005\.parquet is damaged"):
-        cluster(tmp_path / "shards", tmp_path / "run")
-    run = cluster(tmp_path / "shards", tmp_path / "run", "scale.skip_damaged=true")
-    assert len(pq.read_table(run / "assignments.parquet")) == NUM_IMAGES - lost
-    assert evaluate(run)["n"] == NUM_IMAGES - lost
+        cluster(copy, tmp_path / "named", reporter=Damager(copy / shards.name))
+    reporter = Damager(shards)
+    run = cluster(shards, tmp_path / "run", "scale.skip_damaged=true", reporter=reporter)
+    assert 0 < reporter.lost < NUM_IMAGES
+    assert len(pq.read_table(run / "assignments.parquet")) == NUM_IMAGES - reporter.lost
+    assert evaluate(run)["n"] == NUM_IMAGES - reporter.lost
+    assert json.loads((run / "run.json").read_text())["damaged"] == ["part-00005.parquet"]
 
 
 def test_the_split_protocol_trains_on_train_and_scores_on_test(vectors: Path, tmp_path: Path) -> None:

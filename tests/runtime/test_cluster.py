@@ -34,8 +34,8 @@ def refuse(_row: dict[str, int]) -> dict[str, int]:
 
 
 def test_a_failure_in_ray_data_is_named_without_its_advice() -> None:
+    prepare_context()
     with pytest.raises(TrainingError) as caught, connected(Scale(), verbose=False):
-        prepare_context()
         ray.data.range(1).map(refuse).materialize()
     assert "failed (ZeroDivisionError: by zero); run" in str(caught.value)
 
