@@ -31,7 +31,7 @@ check: setup  ## Check format, style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-faults: setup  ## Run the tests that kill the driver in every stage
+faults: setup  ## Run the tests that take minutes each, such as a driver killed in every other stage
 	$(BIN)/pytest -m faults
 
 lock: setup  ## Choose the versions of all dependencies anew

@@ -223,7 +223,7 @@ def main() -> None:
         shards = open_shards(artifact, None)
         stream = Stream(stream_key(0, "pretrain"), BATCH // LANES, shuffle_window(SIDE))
         lanes = serve(shards.files, list(range(LANES)), LANES)
-        resident = ResidentLanes(lanes, load_rows(shards, lanes), stream, CPU)
+        resident = ResidentLanes(lanes, load_rows(shards, lanes, CPU), stream, CPU)
         training = time_training(shards, resident, stream, options.images, options.repeats)
         feeding = time_feeding(folder, files, shards, resident, stream, options.repeats)
     print(table(training, options.images, "one batch in memory"))

@@ -96,6 +96,11 @@ class Heads(Settings):
     lr: PositiveFloat = 0.005
     loss: Literal["double_softmax", "cross_entropy", "tempered"] = "double_softmax"
     entropy_weight: NonNegativeFloat = 0
+
+
+class ImageHeads(Heads):
+    """Stage 2 on images."""
+
     views: PositiveInt = 4
     """Strong views of each image whose features are kept for the heads."""
 
@@ -187,6 +192,7 @@ class ImageRecipe(Recipe):
 
     image: Image
     pretrain: Pretrain
+    heads: ImageHeads
     joint: Joint
 
     @model_validator(mode="after")

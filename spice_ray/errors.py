@@ -17,6 +17,10 @@ class StorageError(SpiceError):
     """An artifact or a run folder that is damaged, incomplete or belongs to another run."""
 
 
+class DamagedError(StorageError):
+    """A shard file whose bytes are not those that were written."""
+
+
 class ResourceError(SpiceError):
     """More processors or accelerators asked for than the cluster has."""
 

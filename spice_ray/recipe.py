@@ -138,11 +138,13 @@ def with_value(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def check_key(key: str, known: list[str]) -> None:
-    """Refuse a dotted key that is not ``known``.
+    """Refuse a dotted key that is not ``known``, the keys of the recipe.
 
     Raises:
-        ConfigError: With the nearest valid key.
+        ConfigError: With the nearest valid key, where it is not one of another kind of recipe.
     """
+    if key not in known and key in setting_keys():
+        raise ConfigError(f"{key} is a setting of runs on images, and the recipe is one of embeddings; leave it out")
     if key not in known:
         raise ConfigError(f"unknown setting {key!r}; {_nearest(key, known)}")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from spice_ray.config import ImageRecipe, Recipe, Scale, Sweep, check_count
 from spice_ray.contracts import SHARDS
-from spice_ray.errors import ConfigError, DataError, SpiceError
+from spice_ray.errors import ConfigError, DamagedError, DataError
 from spice_ray.recipe import check_trials, load_recipe
 from spice_ray.run_folder import RunFolder, check_folder, check_held, claim, lock, read_record
 from spice_ray.runtime.cluster import check_local_cpus, connected
@@ -201,9 +201,9 @@ def _finish(pipeline: "Pipeline") -> Artifact:
     while True:
         try:
             return pipeline.finish()
-        except SpiceError:
+        except DamagedError:
             anew = replace(pipeline)  # it looks for damage itself
-            if anew.damaged == pipeline.damaged:
+            if anew.damaged <= pipeline.damaged:
                 raise
             pipeline = anew
 

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +48,8 @@ def here(tmp_path: Path) -> Path:
     (tmp_path / "foreign" / "thesis.tex").write_text("mine")
     (tmp_path / "damaged" / "run.json").write_text('{"recipe": ')
     pq.write_table(pa.table({"image": pa.array([b"x"] * 5, pa.binary())}), tmp_path / "five.parquet")
+    pq.write_table(pa.table({"text": ["x"], "number": [1]}), tmp_path / "words.parquet")
+    pq.write_table(pa.table({"image": pa.array([b"x"]), "label": [[1, 2]]}), tmp_path / "lists.parquet")
     (tmp_path / "half.parquet").write_bytes((tmp_path / "five.parquet").read_bytes()[:50])
     np.save(tmp_path / "vectors.npy", np.ones((99, 4), np.float32))
     publish(tmp_path / "embedded", "shards", "a", lambda folder: {"embed_dim": 4, "stored": "vectors", "splits": {}})
@@ -100,6 +101,8 @@ REFUSED = {
     "no image": (run_on("{here}/texts"), "{here}/texts holds no image, only 1 other files; give"),
     "other file": (run_on("{here}/typo.yaml"), "is neither a folder nor a file of a kind that is read; give"),
     "half a Parquet file": (run_on("{here}/half.parquet"), "half.parquet is not a readable Parquet file"),
+    "Parquet without images": (run_on("{here}/words.parquet"), "has no column of encoded images, only text, number; "),
+    "labels of lists": (run_on("{here}/lists.parquet"), "has a column label of type list<element: int64>, needed are"),
     "URL of no server": (
         run_on("s3://key:secret@bucket/photos?endpoint_override=127.0.0.1:9&scheme=http"),
         "s3://bucket/photos cannot be reached",
@@ -121,7 +124,7 @@ REFUSED = {
     ),
     "setting of images": (
         ["run", "embeddings", "--data", "{here}/vectors.npy", "--out", "{here}/new", "pretrain.lr=0.1"],
-        "unknown setting 'pretrain.lr'; did you mean 'heads.lr'?",
+        "pretrain.lr is a setting of runs on images, and the recipe is one of embeddings",
     ),
     # K and the sizes of batches and the queue.
     "K above the digits": ([*RUN, "num_clusters=1798"], "num_clusters=1798 is more than the 1797 images"),
@@ -186,14 +189,13 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_one_sentence_and_exit_code_2_before_torch_or_ray(here: Path, case: str) -> None:
     args, expected = REFUSED[case]
-    before, start = contents(here), time.monotonic()
+    before = contents(here)
     called = [sys.executable, "-X", "importtime", "-m", "spice_ray", *(arg.format(here=here) for arg in args)]
     done = subprocess.run(called, capture_output=True, text=True, env=ENVIRONMENT, cwd=here, timeout=60)
-    seconds = time.monotonic() - start
     lines = done.stderr.splitlines()
     said = [line for line in lines if not line.startswith("import time:")]
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines if line.startswith("import time:")}
-    print(f"{case}: {seconds:.2f} s: {said}")
+    print(f"{case}: {said}")
     assert len(said) == 1
     assert said[0].startswith("spice-ray: ")
     assert expected.format(here=here) in said[0]
@@ -201,7 +203,6 @@ def test_bad_input_is_one_sentence_and_exit_code_2_before_torch_or_ray(here: Pat
     assert "spice_ray" in imported
     assert not {"torch", "ray"} & imported
     assert contents(here) == before
-    assert seconds < 10
 
 
 # Typer words these; what is ours is that they are reported, and as errors of the user.

@@ -15,7 +15,7 @@ from spice_ray.errors import DataError
 from spice_ray.readers.local import row_prefix
 from spice_ray.readers.npy import describe, has_labels, known_label, map_labels, map_npy
 from spice_ray.readers.packed import PackedFile, PackedSource, Row
-from spice_ray.readers.records import TRAIN
+from spice_ray.readers.records import split_of_container
 
 _CHANNELS = (1, 3, 4)
 _CHANNELS_FIRST = (1, 3)
@@ -59,7 +59,7 @@ def open_array(file: Path) -> PackedSource:
     Raises:
         DataError: It holds something else; the sentence names type and shape. Or its labels do not fit.
     """
-    packed = PackedFile(str(file), TRAIN, row_prefix(file))
+    packed = PackedFile(str(file), split_of_container(file.name), row_prefix(file))
     return PackedSource("array", NpyImages(), (packed,), labels_known=has_labels(file)).checked()
 
 

@@ -15,7 +15,7 @@ from spice_ray.errors import DataError
 from spice_ray.readers.local import digest_files, row_prefix
 from spice_ray.readers.npy import describe, has_labels, known_label, map_labels, map_npy
 from spice_ray.readers.packed import PackedFile, PackedSource, Row
-from spice_ray.readers.records import TRAIN, Chunk
+from spice_ray.readers.records import Chunk, split_of_container
 from spice_ray.readers.vector_tables import VectorTable, open_vector_table
 from spice_ray.readers.vectors import checked_vector
 
@@ -121,7 +121,7 @@ def open_embeddings(files: Sequence[Path]) -> EmbeddingSource:
 
 def _open(file: Path) -> tuple[PackedSource | VectorTable, int]:
     if file.suffix.lower() == ".npy":
-        packed = PackedFile(str(file), TRAIN, row_prefix(file))
+        packed = PackedFile(str(file), split_of_container(file.name), row_prefix(file))
         source = PackedSource("embeddings", NpyVectors(), (packed,), labels_known=has_labels(file)).checked()
         return source, _map_vectors(str(file)).shape[1]
     table = open_vector_table(file)

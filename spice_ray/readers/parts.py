@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from spice_ray.contracts import ShardFile
-from spice_ray.errors import StorageError
+from spice_ray.errors import DamagedError
 from spice_ray.readers.decode import decode
 
 
@@ -64,7 +64,7 @@ def read_part(folder: Path, file: ShardFile, format_: PartFormat) -> pa.Table:
         ``embedding``: float32, 4 * D bytes.
 
     Raises:
-        StorageError: The part is missing, or its bytes are not those that were written.
+        DamagedError: The part is missing, or its bytes are not those that were written.
     """
     table = pq.read_table(pa.BufferReader(_intact_bytes(folder, file)))
     if format_.stored != "encoded":
@@ -74,11 +74,20 @@ def read_part(folder: Path, file: ShardFile, format_: PartFormat) -> pa.Table:
     return table.set_column(table.schema.get_field_index("image"), "image", column)
 
 
+def read_column(folder: Path, file: ShardFile, name: str) -> pa.ChunkedArray:
+    """One column of a part.
+
+    Raises:
+        DamagedError: As :func:`read_part`.
+    """
+    return pq.read_table(pa.BufferReader(_intact_bytes(folder, file)), columns=[name])[name]
+
+
 def is_intact(folder: Path, file: ShardFile) -> bool:
     """Whether the part is there and holds the bytes that were written."""
     try:
         _intact_bytes(folder, file)
-    except StorageError:
+    except DamagedError:
         return False
     return True
 
@@ -86,16 +95,15 @@ def is_intact(folder: Path, file: ShardFile) -> bool:
 def _intact_bytes(folder: Path, file: ShardFile) -> bytes:
     path = folder / file.name
     remedy = (
-        f"delete the folder {folder} and run the same command again, "
-        f"or set scale.skip_damaged=true to go on without its {file.rows} images"
+        f"delete the folder {folder} and make it anew, or set scale.skip_damaged=true to leave out its {file.rows} rows"
     )
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise StorageError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+        raise DamagedError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
     found = zlib.crc32(data)
     if found != file.crc32:
-        raise StorageError(f"{path} is damaged (its checksum is {found:08x} and was {file.crc32:08x}); {remedy}")
+        raise DamagedError(f"{path} is damaged (its checksum is {found:08x} and was {file.crc32:08x}); {remedy}")
     return data
 
 

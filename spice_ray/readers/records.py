@@ -1,5 +1,6 @@
 """What every reader yields: records of raw image data, in chunks that a worker can read on its own."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -96,11 +97,11 @@ def split_of_folder(name: str) -> str | None:
 
 
 def split_of_container(name: str) -> str:
-    """The split of all images in a file: by its first-level folder, else by test, val or unlabeled in its own name."""
+    """The split of all images in a file: by its first-level folder, else by such a word in its own name."""
     by_folder = split_of_folder(name)
     if by_folder is not None:
         return by_folder
-    lower = name.rpartition("/")[2].lower()
-    if "unlabeled" in lower or "unlabelled" in lower:
+    words = set(re.findall("[a-z]+", name.rpartition("/")[2].lower()))
+    if words & {"unlabeled", "unlabelled"}:
         return UNLABELED
-    return TEST if "test" in lower or "val" in lower else TRAIN
+    return TEST if words & {"test", "val", "valid", "validation"} else TRAIN

@@ -17,7 +17,7 @@ from spice_ray.readers.places import Place, place_of
 from spice_ray.readers.records import Chunk, Record, Source, Unreadable, read_chunk
 from spice_ray.readers.synset_folders import SUBSETS
 from spice_ray.readers.tar import ARCHIVE_SUFFIXES, open_tar
-from spice_ray.readers.vector_tables import vector_columns
+from spice_ray.readers.vector_tables import VECTOR_COLUMNS, vector_columns
 
 __all__ = ["Chunk", "Record", "Source", "Unreadable", "open_source", "read_chunk"]
 
@@ -50,8 +50,9 @@ def open_source(path: str, labels_from_folders: bool = False) -> Source:
             - a benchmark as it is published (see ``benchmarks``);
             - the word ``digits`` for the bundled handwritten digits (a folder of that name is ``./digits``).
 
-            All but the last three may be on a server: s3://bucket/folder, or any URL that pyarrow or fsspec opens. A
-            web server lists no folders, so that http:// and https:// are for single files.
+            Arrays, embeddings, benchmarks and the digits are local; all else may be on a server: s3://bucket/folder, or
+            any URL that pyarrow or fsspec opens. A web server lists no folders, so that http:// and https:// are for
+            single files.
         labels_from_folders: Take the name of an image's parent folder for its label; image folders alone.
 
     Raises:
@@ -138,9 +139,11 @@ def _open_tables(files: Sequence[Found]) -> Source:
     schema = read_metadata(files[0].place)[1]
     if find_image_column(schema) is not None:
         return open_parquet(files)
-    if vector_columns(schema):
+    vectors, paths = vector_columns(schema), find_path_column(schema)
+    # A list of images may have boxes or scores beside the paths: only by their name such are embeddings.
+    if vectors and (paths is None or vectors[0] in VECTOR_COLUMNS):
         return open_embeddings(_local(files))
-    if find_path_column(schema) is not None:
+    if paths is not None:
         return open_parquet_list(_single(files), schema)
     # It says what is missing.
     return open_parquet(files)

@@ -79,7 +79,8 @@ def find_spice_error(error: BaseException | None) -> SpiceError | None:
     # What Ray raises for an error of ours is of both classes, and its text is a traceback.
     while error is not None and (isinstance(error, ray.exceptions.RayError) or not isinstance(error, SpiceError)):
         error = getattr(error, "cause", None) or error.__cause__
-    return error
+    # Below the sentence Ray Data adds advice about its own settings.
+    return None if error is None else type(error)(str(error).partition("\n")[0])
 
 
 def _as_user_error(error: Exception) -> SpiceError:

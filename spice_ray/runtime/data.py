@@ -97,8 +97,7 @@ def open_lanes(
     """
     home = home_of(lanes.num_rows * shards.format.row_bytes, device, budget)
     if home is not None:
-        rows = load_rows(shards, lanes)
-        rows = Rows(rows.images.to(home), rows.sample_ids.to(home))
+        rows = load_rows(shards, lanes, home)
         yield [ResidentLanes(lanes, rows, stream, device) for stream in streams]
         return
     with ExitStack() as stack:
@@ -108,11 +107,12 @@ def open_lanes(
         yield list(fed)
 
 
-def load_rows(shards: Shards, lanes: ServedLanes) -> Rows:
-    """Stream the files of the lanes that a worker serves into its memory, once; rows that do not count are left out."""
+def load_rows(shards: Shards, lanes: ServedLanes, home: torch.device) -> Rows:
+    """Stream the files of the lanes that a worker serves into memory, once; rows that do not count are left out."""
     files = [file for lane in lanes.files for file in lane if file.num_counted]
-    images = torch.empty((lanes.num_rows, 3, shards.image_size, shards.image_size), dtype=torch.uint8)
-    sample_ids = torch.empty(lanes.num_rows, dtype=torch.int64)
+    shape = (lanes.num_rows, 3, shards.image_size, shards.image_size)
+    images = torch.empty(shape, dtype=torch.uint8, device=home)
+    sample_ids = torch.empty(lanes.num_rows, dtype=torch.int64, device=home)
     start = 0
     for rows in _counted_rows(shards, files):
         stop = start + len(rows.sample_ids)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
+from spice_ray.config import check_count
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING
 from spice_ray.readers.parts import vectors_of
 from spice_ray.runtime.data import Shards
-from spice_ray.runtime.inference import assignments_table, new_array
+from spice_ray.runtime.inference import IDENTITY, assignments_table, new_array
 from spice_ray.runtime.pipeline import Pipeline, Show
 from spice_ray.runtime.progress import Done
 from spice_ray.runtime.reading import read_parts
@@ -24,6 +25,15 @@ from spice_ray.storage import Artifact, publish
 @dataclass(frozen=True)
 class EmbeddingPipeline(Pipeline):
     """A run on embeddings: the chosen head's clusters (SPICE_s) are its result."""
+
+    def __post_init__(self) -> None:
+        """Refuse embeddings that the recipe does not fit.
+
+        Raises:
+            ConfigError: They are too few.
+        """
+        super().__post_init__()
+        check_count(self.recipe, self.train_shards.num_counted, self.train_shards.num_counted)
 
     @cached_property
     def embedding(self) -> Artifact:
@@ -40,7 +50,7 @@ class EmbeddingPipeline(Pipeline):
         """Every row's cluster."""
 
         def make(print_: str, progress: Path, show: Show) -> None:
-            publish_head_assignments(self._root, print_, self.heads, self.reliable, self.train_shards)
+            publish_head_assignments(self._root, print_, self.heads, self.reliable, self.all_shards)
 
         return self._artifact(ASSIGNMENTS, "assignments", "rows", {}, [self.reliable], make)
 
@@ -62,13 +72,14 @@ def publish_given(root: Path, print_: str, shards: Shards, show: Show) -> Artifa
             new_array(folder / f"{name}.npy", (shards.num_rows, width)) for name in ("embedding", "plain")
         )
         done = 0
-        for ids, vectors in _vectors(shards):
+        for table in _tables(shards):
+            ids, vectors = table["sample_id"].to_numpy(), vectors_of(table)
             # In float64 the square of the largest float32 is a number.
             norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
             embedding[ids] = vectors / norms
             plain[ids] = vectors / norms * np.sqrt(width)
             done += len(ids)
-            show(Done(done, shards.num_rows, None))
+            show(Done(done, shards.num_counted, None))
         for array in (embedding, plain):
             array.flush()  # type: ignore[attr-defined]
         return {"num_images": shards.num_rows, "embed_dim": width, "views": 0}
@@ -76,10 +87,9 @@ def publish_given(root: Path, print_: str, shards: Shards, show: Show) -> Artifa
     return publish(root, EMBEDDING, print_, write)
 
 
-def _vectors(shards: Shards) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    tables = read_parts(shards.path, shards.readable, shards.format)
-    for table in tables.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield table["sample_id"].to_numpy(), vectors_of(table)
+def _tables(shards: Shards) -> Iterator[pa.Table]:
+    parts = read_parts(shards.path, shards.readable, shards.format)
+    yield from parts.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def publish_head_assignments(root: Path, print_: str, heads: Artifact, reliable: Artifact, shards: Shards) -> Artifact:
@@ -87,7 +97,8 @@ def publish_head_assignments(root: Path, print_: str, heads: Artifact, reliable:
     clusters, confidences = (np.load(heads.file(f"{name}.npy")) for name in ("assignments", "confidences"))
 
     def write(folder: Path) -> dict[str, Any]:
-        table = assignments_table(clusters, confidences, read_reliable(reliable), shards)
+        identity = pa.concat_tables(table.select(IDENTITY) for table in _tables(shards))
+        table = assignments_table(identity, clusters, confidences, read_reliable(reliable))
         pq.write_table(table, folder / "assignments.parquet")
         sizes = np.bincount(table["cluster"].to_numpy(), minlength=heads.manifest["num_clusters"])
         return {"unsupervised_loss": min(heads.manifest["losses"]), "cluster_sizes": sizes.tolist()}

@@ -21,6 +21,8 @@ from spice_ray.storage import Artifact, publish, read_json, write_json
 
 _RETRIES = 3
 _ROWS_AT_ONCE = 8192
+Shared = tuple["ray.ObjectRef[NDArray[np.float32]]", tuple[int, ...]]
+"""An array in the object store, and the shape in which it is used."""
 
 
 class HeadActor:
@@ -34,13 +36,11 @@ class HeadActor:
         self._done, self._total = 0, num_heads * recipe.heads.epochs
         self._writer.write(self._done, self._total)
 
-    def train(
-        self, bank: list["ray.ObjectRef[NDArray[np.float32]]"], index: int, train_ids: NDArray[np.int64]
-    ) -> TrainedHead:
+    def train(self, bank: "list[Shared]", index: int, train_ids: NDArray[np.int64]) -> TrainedHead:
         """Train head number ``index`` on the shared bank."""
         recipe = self._recipe
         return train_head(
-            Bank(*ray.get(bank)),
+            Bank(*(ray.get(ref).reshape(shape) for ref, shape in bank)),
             index,
             recipe.heads,
             num_clusters=recipe.num_clusters,
@@ -65,6 +65,16 @@ def open_bank(embedding: Artifact) -> Bank:
     )
 
 
+def share(bank: Bank) -> list[Shared]:
+    """Put the bank into the object store; arrays that are views of the same memory once."""
+    refs: dict[int, ray.ObjectRef[NDArray[np.float32]]] = {}
+    for array in bank:
+        address = array.__array_interface__["data"][0]
+        if address not in refs:
+            refs[address] = ray.put(np.asarray(array))
+    return [(refs[array.__array_interface__["data"][0]], array.shape) for array in bank]
+
+
 def num_actors(recipe: Recipe, scale: Scale, num_heads: int) -> int:
     """One actor per head where the cluster has room, else as many as there is room for."""
     return max(1, min(scale.head_actors or num_heads, num_heads, room(scale.cpus_per_worker, scale.head_gpus)))
@@ -80,7 +90,7 @@ def train_heads(
     heads = {index: head for index in range(recipe.heads.count) if (head := _read_head(finished, index)) is not None}
     missing = [index for index in range(recipe.heads.count) if index not in heads]
     if missing:
-        refs = [ray.put(np.asarray(array)) for array in bank]
+        refs = share(bank)
         count = num_actors(recipe, scale, len(missing))
         remote = ray.remote(HeadActor).options(
             num_cpus=scale.cpus_per_worker,

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from spice_ray.config import ImageRecipe
+from spice_ray.config import ImageRecipe, check_count
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, ENCODER, JOINT
 from spice_ray.runtime.data import Shards, check_lanes, open_shards
 from spice_ray.runtime.inference import publish_assignments, publish_embedding
@@ -31,6 +31,7 @@ class ImagePipeline(Pipeline):
             ConfigError: They are too few, or of another size.
         """
         super().__post_init__()
+        check_count(self.recipe, self.pretrain_shards.num_counted, self.train_shards.num_counted)
         check_lanes(self.pretrain_shards, self.recipe.pretrain.lanes, "pretrain.lanes")
         check_lanes(self.train_shards, self.recipe.joint.lanes, "joint.lanes")
 
@@ -77,7 +78,6 @@ class ImagePipeline(Pipeline):
     def joint(self) -> Artifact:
         """Stage 3."""
         reliable = self.reliable
-        self._warn_of_empty_clusters(reliable)
 
         def make(print_: str, progress: Path, show: Show) -> None:
             job, skip = self.joint_job(print_), self.why_skip_joint()
@@ -140,10 +140,3 @@ class ImagePipeline(Pipeline):
 
     def _joint_settings(self) -> dict[str, Any]:
         return {"joint": settings_of(self.recipe.joint), "image": settings_of(self.recipe.image), **self._common()}
-
-    def _warn_of_empty_clusters(self, reliable: Artifact) -> None:
-        empty = [cluster for cluster, kept in enumerate(reliable.manifest["kept"]) if kept == 0]
-        if empty:
-            self.reporter.note(
-                f"clusters {empty} have no reliable sample; stage 3 goes on without (kept: {reliable.manifest['kept']})"
-            )

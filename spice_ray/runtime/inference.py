@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from spice_ray.config import ImageRecipe, Scale
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, Bank, ShardFile
 from spice_ray.core.prototypes import unsupervised_loss
-from spice_ray.readers.parts import images_of
+from spice_ray.readers.parts import images_of, read_column
 from spice_ray.runtime.data import Shards
 from spice_ray.runtime.reading import read_parts
 from spice_ray.runtime.reliable import ReliableTable, read_reliable
@@ -28,6 +28,8 @@ from spice_ray.stages.embed import embed
 from spice_ray.storage import Artifact, publish
 
 Report = Callable[[int, int], None]
+IDENTITY = ["sample_id", "source", "split"]
+"""The columns of shards that say who a row is."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,11 @@ class PredictImages:
 
 
 def _rows(table: pa.Table, values: torch.Tensor) -> pa.Table:
-    """Values as fixed-size binary: Arrow's tensors would be copied and widened on their way."""
+    """Who the rows are, and values as fixed-size binary: Arrow's tensors would be copied and widened on their way."""
     width = values.shape[1] * 4
     buffer = pa.py_buffer(values.contiguous().numpy().tobytes())
     column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(values), [None, buffer])
-    return pa.table({"sample_id": table["sample_id"], "values": column})
+    return table.select(IDENTITY).append_column("values", column)
 
 
 def map_images(
@@ -98,10 +100,10 @@ def map_images(
     job: InferenceJob,
     shards: Shards,
     scale: Scale,
-    take: Callable[[NDArray[np.int64], NDArray[np.float32]], None],
+    take: Callable[[pa.Table, NDArray[np.float32]], None],
     report: Report,
 ) -> None:
-    """Send every shard file through a pool of ``scale.workers`` actors and hand the rows to ``take``."""
+    """Send every shard file through a pool of ``scale.workers`` actors and hand identity and values to ``take``."""
     files = shards.readable
     total = sum(file.rows for file in files)
     outputs = read_parts(shards.path, files, shards.format).map_batches(
@@ -118,7 +120,7 @@ def map_images(
         column = table["values"].combine_chunks()
         width = column.type.byte_width // 4
         values = np.frombuffer(column.buffers()[1], np.float32)[column.offset * width :][: len(column) * width]
-        take(table["sample_id"].to_numpy(), values.reshape(len(column), width))
+        take(table.select(IDENTITY), values.reshape(len(column), width))
         done += len(column)
         report(done, total)
 
@@ -135,8 +137,8 @@ def publish_embedding(
         shapes = {name: (shards.num_rows, width) for name in Bank._fields} | {"strong": (views, shards.num_rows, width)}
         bank = Bank(**{name: new_array(folder / f"{name}.npy", shape) for name, shape in shapes.items()})
 
-        def take(ids: NDArray[np.int64], values: NDArray[np.float32]) -> None:
-            parts = np.split(values, 3 + views, axis=1)
+        def take(rows: pa.Table, values: NDArray[np.float32]) -> None:
+            ids, parts = rows["sample_id"].to_numpy(), np.split(values, 3 + views, axis=1)
             bank.embedding[ids], bank.plain[ids], bank.weak[ids] = parts[:3]
             for view, part in enumerate(parts[3:]):
                 bank.strong[view][ids] = part
@@ -164,9 +166,12 @@ def publish_assignments(
     def write(folder: Path) -> dict[str, Any]:
         logits = np.zeros((shards.num_rows, recipe.num_clusters), np.float32)
         pooled: NDArray[np.float32] | None = None
+        identity: list[pa.Table] = []
 
-        def take(ids: NDArray[np.int64], values: NDArray[np.float32]) -> None:
+        def take(rows: pa.Table, values: NDArray[np.float32]) -> None:
             nonlocal pooled
+            ids = rows["sample_id"].to_numpy()
+            identity.append(rows)
             if pooled is None:
                 pooled = new_array(folder / "pooled.npy", (shards.num_rows, values.shape[1] - recipe.num_clusters))
             logits[ids], pooled[ids] = values[:, : recipe.num_clusters], values[:, recipe.num_clusters :]
@@ -180,7 +185,7 @@ def publish_assignments(
         kept = read_reliable(reliable)
         if joint.manifest["skipped"] is not None:
             kept = kept._replace(weights=torch.zeros_like(kept.weights))
-        table = assignments_table(clusters.numpy(), confidences.numpy(), kept, shards)
+        table = assignments_table(pa.concat_tables(identity), clusters.numpy(), confidences.numpy(), kept)
         pq.write_table(table, folder / "assignments.parquet")
         sizes = np.bincount(table["cluster"].to_numpy(), minlength=recipe.num_clusters)
         return {"unsupervised_loss": loss, "cluster_sizes": sizes.tolist()}
@@ -203,7 +208,7 @@ def _counted_ids(shards: Shards, file: ShardFile) -> NDArray[np.int64]:
     ids = np.arange(file.first_id, file.first_id + file.rows)
     if file.num_counted == file.rows:
         return ids
-    return ids[pc.is_in(_column(shards, "split", [file]), pa.array(shards.splits)).to_numpy()]
+    return ids[pc.is_in(read_column(shards.path, file, "split"), pa.array(shards.splits)).to_numpy()]
 
 
 def readable_ids(shards: Shards) -> NDArray[np.int64]:
@@ -212,29 +217,18 @@ def readable_ids(shards: Shards) -> NDArray[np.int64]:
     return np.concatenate(runs)
 
 
-def _column(shards: Shards, name: str, files: list[ShardFile]) -> pa.ChunkedArray:
-    return pa.chunked_array(
-        [chunk for file in files for chunk in pq.read_table(shards.path / file.name, columns=[name])[name].chunks],
-        pa.string(),
-    )
-
-
 def assignments_table(
-    clusters: NDArray[np.int64], confidences: NDArray[np.float32], reliable: ReliableTable, shards: Shards
+    identity: pa.Table, clusters: NDArray[np.int64], confidences: NDArray[np.float32], reliable: ReliableTable
 ) -> pa.Table:
-    """One row per image that can be read; ``clusters`` and ``confidences`` are of all, (N,)."""
-    ids = readable_ids(shards)
-    return pa.table(
-        {
-            "sample_id": ids,
-            "source": _column(shards, "source", shards.readable),
-            "split": _column(shards, "split", shards.readable),
-            "cluster": clusters[ids],
-            "confidence": confidences[ids],
-            "consistency": pa.array(reliable.consistency.numpy()[ids], from_pandas=True),
-            "reliable": reliable.weights.numpy()[ids] > 0,
-        }
-    )
+    """One row for each of ``identity``; ``clusters`` and ``confidences`` are of all rows of the shards, (N,)."""
+    ids = identity["sample_id"].to_numpy()
+    columns = {
+        "cluster": clusters[ids],
+        "confidence": confidences[ids],
+        "consistency": pa.array(reliable.consistency.numpy()[ids], from_pandas=True),
+        "reliable": reliable.weights.numpy()[ids] > 0,
+    }
+    return pa.table({**{name: identity[name] for name in IDENTITY}, **columns})
 
 
 def _job(model: Artifact, recipe: ImageRecipe, shards: Shards, scale: Scale) -> InferenceJob:

@@ -20,15 +20,18 @@ class Budget(NamedTuple):
 
 
 def image_budget(scale: Scale, device: torch.device, num_sharing: int) -> Budget:
-    """What one of ``num_sharing`` workers of a machine may hold on its device and in main memory."""
-    if scale.resident_memory is not None:
-        given = int(scale.resident_memory * (1 << 30))
-        return Budget(given, given)
+    """What one of ``num_sharing`` workers of a machine may hold on its device and in main memory.
+
+    ``scale.resident_memory`` counts for both, but no more of a GPU is taken than the share of what is free there.
+    """
     on_host = int(free_memory() * _SHARE / num_sharing)
+    if scale.resident_memory is not None:
+        on_host = int(scale.resident_memory * (1 << 30))
     if device.type != "cuda":
         return Budget(on_host, on_host)
     free, _ = torch.cuda.mem_get_info(device)
-    return Budget(int(free * _SHARE * min(1.0, scale.gpus_per_worker)), on_host)
+    on_device = int(free * _SHARE * min(1.0, scale.gpus_per_worker))
+    return Budget(on_device if scale.resident_memory is None else min(on_device, on_host), on_host)
 
 
 def home_of(num_bytes: int, device: torch.device, budget: Budget) -> torch.device | None:
@@ -50,6 +53,9 @@ def _free_in_container(otherwise: int) -> int:
     try:
         limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
         used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        fields = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
     except OSError:
         return otherwise  # no container, or an old kind of it
+    # Files that were read lately count as used, and are let go of when a program wants the room.
+    used -= int(fields.get("inactive_file", 0))
     return otherwise if limit == "max" else max(0, int(limit) - used)

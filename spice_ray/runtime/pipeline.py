@@ -19,7 +19,7 @@ import torch
 
 from spice_ray.config import Recipe, Settings, num_neighbors, perfect_loss
 from spice_ray.contracts import HEADS, LABELS, RELIABLE
-from spice_ray.errors import StorageError
+from spice_ray.errors import DamagedError, StorageError
 from spice_ray.run_folder import RunFolder
 from spice_ray.runtime.data import Shards, open_shards
 from spice_ray.runtime.heads import open_bank, publish_heads, train_heads
@@ -74,10 +74,12 @@ class Pipeline(ABC):
             return frozenset()
         shards = open_shards(self.shards_artifact, None)
         damaged = find_damaged(shards.path, shards.readable)
+        if len(damaged) == len(shards.readable):
+            raise DamagedError(f"every shard file of {shards.path} is damaged; delete that folder and make it anew")
         if damaged:
             lost = sum(file.rows for file in shards.files if file.name in damaged)
             self.reporter.note(
-                f"{lost} images of {shards.num_rows} are left out, their shard files are damaged: "
+                f"{lost} rows of {shards.num_rows} are left out, their shard files are damaged: "
                 f"{', '.join(sorted(damaged))}"
             )
         return damaged
@@ -125,6 +127,10 @@ class Pipeline(ABC):
 
         found = self._artifact(RELIABLE, "reliable pseudo-labels", "images", settings, [heads], make)
         check_clusters(found, recipe)
+        kept = found.manifest["kept"]
+        if 0 in kept:
+            empty = [cluster for cluster, count in enumerate(kept) if count == 0]
+            self.reporter.note(f"clusters {empty} have no reliable sample (kept: {kept})")
         return found
 
     def finish(self) -> Artifact:

@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 from spice_ray.config import Scale
 from spice_ray.core import collectives
-from spice_ray.errors import SpiceError, StorageError, TrainingError
+from spice_ray.errors import DamagedError, SpiceError, StorageError, TrainingError
 from spice_ray.runtime.cluster import find_spice_error
 from spice_ray.runtime.memory import image_budget
 from spice_ray.runtime.progress import ProgressWriter
 from spice_ray.runtime.workers import Host, JointJob, PretrainJob
+from spice_ray.storage import read_json, write_json
 
 _STEPS_BETWEEN_LOOKS = 10
 """How often workers agree whether a checkpoint is due."""
+_ERROR = "error"
+"""In the folder of the progress: what a worker met that another try would only meet again."""
 
 
 class TrainProgress:
@@ -103,9 +106,11 @@ def wrap_ddp(module: nn.Module) -> nn.Module:
     return ray.train.torch.prepare_model(module, parallel_strategy_kwargs={"broadcast_buffers": False})
 
 
-def _work(config: dict[str, Any]) -> str | None:
-    """What Ray Train runs on each worker; gives the sentence of an error that a retry would only meet again."""
+def _work(config: dict[str, Any]) -> None:
+    """What Ray Train runs on each worker."""
     job, scale, folder = config["job"], config["scale"], config["progress"]
+    if _said(folder) is not None:
+        return  # a retry would only meet the error again
     torch.set_num_threads(scale.cpus_per_worker)
     device = ray.train.torch.get_device()
     try:
@@ -118,10 +123,20 @@ def _work(config: dict[str, Any]) -> str | None:
     except (SpiceError, ray.exceptions.RayError) as error:
         # What went wrong in a task that reads comes wrapped.
         ours = find_spice_error(error)
-        if ours is None:
+        if ours is None or not folder.is_dir():
             raise
-        return str(ours)
-    return None
+        write_json(folder / _ERROR, {"sentence": str(ours), "damaged": isinstance(ours, DamagedError)})
+        if collectives.world_size() > 1:
+            raise  # the other workers wait for this one, and only its failure ends them
+
+
+def _said(folder: Path) -> SpiceError | None:
+    """The error of ours that a worker met."""
+    file = folder / _ERROR
+    if not file.is_file():
+        return None
+    record = read_json(file)
+    return (DamagedError if record["damaged"] else TrainingError)(record["sentence"])
 
 
 def fit(
@@ -133,7 +148,8 @@ def fit(
     stage does.
 
     Raises:
-        TrainingError: It failed more often than ``scale.max_failures``.
+        DamagedError: A shard file is damaged.
+        TrainingError: Another error that a user can meet, or it failed more often than ``scale.max_failures``.
     """
     name = f"{run.__name__}-{job.fingerprint}"
     resources: dict[str, float] = {"CPU": scale.cpus_per_worker}
@@ -154,13 +170,13 @@ def fit(
         ),
     )
     try:
-        sentence = trainer.fit().return_value
+        trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise _user_error(error, name) from error
-    if sentence is not None:
-        shutil.rmtree(checkpoints / name, ignore_errors=True)
-        raise TrainingError(sentence)
+        raise _said(progress) or _user_error(error, name) from error
+    said = _said(progress)
     shutil.rmtree(checkpoints / name, ignore_errors=True)
+    if said is not None:
+        raise said
 
 
 def backend(scale: Scale) -> str:

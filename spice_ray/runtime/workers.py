@@ -62,7 +62,7 @@ class Host:
     wrap: Wrap
     progress: Progress
     memory: Budget
-    """How many images the worker may hold."""
+    """What the worker may hold of them."""
 
 
 def augmentation_of(image: Image) -> Augmentation:

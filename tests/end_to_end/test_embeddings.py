@@ -5,14 +5,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import spice_ray
 from spice_ray import workflow
-from spice_ray.errors import SpiceError
+from spice_ray.errors import ConfigError, DamagedError
 from spice_ray.evaluate import evaluate
 from spice_ray.recipe import load_recipe
 from spice_ray.runtime.progress import Done
@@ -79,6 +81,21 @@ def test_scores_have_no_rows_of_pixels_or_stage_3(embedded: Path) -> None:
     assert result["nmi"] == result["rows"][1]["nmi"] > 0.4
 
 
+def test_a_finished_run_of_embeddings_is_not_done_again(vectors: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "num_clusters": 10,
+        "recipe": "embeddings",
+        "out": str(tmp_path / "run"),
+        "overrides": {"heads.count": 2, "heads.epochs": 2},
+        "reporter": SilentReporter(),
+    }
+    table = spice_ray.cluster(str(vectors), **options)
+    shutil.rmtree(one(tmp_path / "run", "assignments").path)
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "artifacts").glob("*/*")}
+    assert spice_ray.cluster(str(vectors), **options).equals(table)
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+
 def test_heads_see_directions_alone(embedded: Path, vectors: Path) -> None:
     rows = pq.read_table(embedded / "assignments.parquet", columns=["source"])["source"].to_pylist()
     given = np.load(vectors)[[int(source.rpartition("#")[2]) for source in rows]].astype(np.float64)
@@ -104,12 +121,12 @@ def test_a_table_of_the_same_embeddings_gives_the_same_rows(embedded: Path, vect
 class Damager(SilentReporter):
     """Flips a bit of a shard file when the stage begins that reads it: after it was looked at and found sound."""
 
-    def __init__(self, shards: Path) -> None:
-        self.shards, self.lost = shards, 0
+    def __init__(self, shards: Path, title: str) -> None:
+        self.shards, self.title, self.lost = shards, title, 0
 
     @contextmanager
     def stage(self, title: str, unit: str) -> Iterator[Callable[[Done], None]]:
-        if title == "embedding" and not self.lost:
+        if title == self.title and not self.lost:
             self.lost = damage(self.shards, "part-00005.parquet")
         with super().stage(title, unit) as show:
             yield show
@@ -119,14 +136,29 @@ def test_a_part_that_is_damaged_meanwhile_is_named_or_left_out_and_counted(vecto
     source = workflow.open_source(str(vectors))
     shards = workflow.ingest(source, tmp_path / "shards", image_size=None, seed=0, reporter=SilentReporter()).path
     copy = Path(shutil.copytree(shards.parent, tmp_path / "copy"))
-    with pytest.raises(SpiceError, match=r"part-00005\.parquet is damaged"):
-        cluster(copy, tmp_path / "named", reporter=Damager(copy / shards.name))
-    reporter = Damager(shards)
+    with pytest.raises(DamagedError, match=r"part-00005\.parquet is damaged"):
+        cluster(copy, tmp_path / "named", reporter=Damager(copy / shards.name, "assignments"))
+    reporter = Damager(shards, "embedding")
     run = cluster(shards, tmp_path / "run", "scale.skip_damaged=true", reporter=reporter)
     assert 0 < reporter.lost < NUM_IMAGES
     assert len(pq.read_table(run / "assignments.parquet")) == NUM_IMAGES - reporter.lost
     assert evaluate(run)["n"] == NUM_IMAGES - reporter.lost
     assert json.loads((run / "run.json").read_text())["damaged"] == ["part-00005.parquet"]
+
+
+def test_shards_that_are_all_damaged_are_one_sentence(vectors: Path, tmp_path: Path) -> None:
+    source = workflow.open_source(str(vectors))
+    shards = workflow.ingest(source, tmp_path / "shards", image_size=None, seed=0, reporter=SilentReporter()).path
+    parts = sorted(shards.glob("part-*.parquet"))
+    for part in parts[1:]:
+        part.unlink()
+    # What is left is too little for a recipe that all would have fitted.
+    left = pq.read_metadata(parts[0]).num_rows
+    with pytest.raises(ConfigError, match=rf"num_clusters=100 is more than the {left} images"):
+        cluster(shards, tmp_path / "run", "scale.skip_damaged=true", "num_clusters=100")
+    damage(shards, parts[0].name)
+    with pytest.raises(DamagedError, match=r"every shard file of .* is damaged"):
+        cluster(shards, tmp_path / "other", "scale.skip_damaged=true")
 
 
 def test_the_split_protocol_trains_on_train_and_scores_on_test(vectors: Path, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from sklearn.metrics import adjusted_rand_score
 
 from spice_ray import workflow
 from spice_ray.core.lanes import serve
-from spice_ray.errors import SpiceError
+from spice_ray.errors import DamagedError
 from spice_ray.evaluate import evaluate
 from spice_ray.readers.source import open_source
 from spice_ray.run_folder import RunFolder
@@ -149,8 +150,25 @@ def test_the_unlabeled_part_of_a_collection_is_seen_by_stage_1_alone(
         assert len(training_ids(pipeline.pretrain_shards)) == first
         lanes = serve(pipeline.train_shards.files, [0], 1)
         assert (
-            load_rows(pipeline.train_shards, lanes).sample_ids.tolist() == training_ids(pipeline.train_shards).tolist()
+            load_rows(pipeline.train_shards, lanes, torch.device("cpu")).sample_ids.tolist()
+            == training_ids(pipeline.train_shards).tolist()
         )
+
+
+@pytest.mark.faults
+def test_the_split_protocol_trains_on_train_and_scores_on_test(corpus: Corpus, tmp_path: Path, local_ray: None) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    table = pq.read_table(corpus.parquet)
+    pq.write_table(table.slice(0, 450), source / "train.parquet")
+    pq.write_table(table.slice(450), source / "test.parquet")
+    run = cluster(source, tmp_path / "run", "protocol=split", "pretrain.queue_size=64")
+    rows = pq.read_table(run / "assignments.parquet")
+    is_train = np.asarray(rows["split"].to_pylist()) == "train"
+    assert is_train.sum() == 450
+    assert np.isnan(np.asarray(rows["consistency"].to_pylist(), float)[~is_train]).all()
+    assert not np.asarray(rows["reliable"].to_pylist())[~is_train].any()
+    assert evaluate(run)["n"] == 150
 
 
 def test_streamed_images_give_the_same_models_as_resident_ones(copied: Path, corpus: Corpus) -> None:
@@ -165,8 +183,9 @@ def test_a_damaged_part_stops_training_with_its_name_or_is_left_out_where_that_i
 ) -> None:
     lost = damage(next((copied / "artifacts").glob("shards-*")), "part-00005.parquet")
     forget(copied, *KINDS[1:])
-    with pytest.raises(SpiceError, match=r"part-00005\.parquet is damaged .* scale\.skip_damaged=true"):
-        cluster(corpus.parquet, copied, "scale.resident_memory=0")
+    # Of two workers one meets it, and the other waits for that one.
+    with pytest.raises(DamagedError, match=r"part-00005\.parquet is damaged .* scale\.skip_damaged=true"):
+        cluster(corpus.parquet, copied, "scale.resident_memory=0", "scale.workers=2")
     cluster(corpus.parquet, copied, "scale.skip_damaged=true")
     table = pq.read_table(copied / "assignments.parquet")
     assert len(table) == NUM_IMAGES - lost

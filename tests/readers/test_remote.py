@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from spice_ray.readers.source import Unreadable, open_source
+from spice_ray.runtime.ingest import ingest
+from spice_ray.runtime.tune import SilentReporter
 from tests.readers.answering import answering, serving
 from tests.readers.conftest import S3
 from tests.readers.sample_files import (
@@ -91,6 +93,17 @@ def test_a_remote_row_group_is_fetched_once_however_small_the_chunks(s3: S3) -> 
     pq.write_table(pa.table({"image": IMAGES}), buffer, row_group_size=5)
     url = s3.put("a.parquet", buffer.getvalue())
     assert [chunk.num_rows for chunk in open_source(url).chunks(1)] == [5, 5]
+
+
+def test_the_tasks_of_an_ingest_read_from_a_bucket(s3: S3, local_ray: None, tmp_path: Path) -> None:
+    for number, image in enumerate(IMAGES):
+        s3.put(f"photos/{number}.png", image)
+    # Ray was started before the test had an environment of its own: what the tasks need is in the URL.
+    url = f"s3://key:secret@{s3.bucket}/photos?endpoint_override={s3.address}&scheme=http"
+    shards, _ = ingest(open_source(url), tmp_path, image_size=8, seed=0, reporter=SilentReporter())
+    table = pq.read_table(sorted(shards.path.glob("part-*.parquet")))
+    assert sorted(table["source"].to_pylist()) == sorted(f"{number}.png" for number in range(len(IMAGES)))
+    assert shards.manifest["num_rejects"] == 0
 
 
 def test_a_parquet_object_that_vanished_loses_its_rows_with_a_reason(s3: S3) -> None:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from spice_ray.errors import DataError
+from spice_ray.readers.records import split_of_container
 from spice_ray.readers.source import open_source
 from tests.readers.sample_files import IMAGES, contents, parquet, put, records, refused, tar_bytes
 
@@ -49,6 +50,31 @@ def test_a_parquet_file_is_read_for_images_then_embeddings_then_paths(tmp_path: 
     assert open_source(str(file)).kind == "embeddings"
     parquet(file, {**columns, "image": pa.array(IMAGES[:1])})
     assert open_source(str(file)).kind == "parquet"
+
+
+def test_a_list_of_images_may_have_boxes_beside_its_paths(tmp_path: Path) -> None:
+    boxes = pa.array([[0.1, 0.2, 0.3, 0.4]], pa.list_(pa.float64()))
+    assert (
+        open_source(str(parquet(tmp_path / "a.parquet", {"path": pa.array(["x.png"]), "bbox": boxes}))).kind == "list"
+    )
+    assert open_source(str(parquet(tmp_path / "b.parquet", {"bbox": boxes}))).kind == "embeddings"
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("test-00000-of-00001.parquet", "test"),
+        ("cifar10_validation.tar", "test"),
+        ("val.npy", "test"),
+        ("retrieval.parquet", "train"),
+        ("latest-contest.npy", "train"),
+        ("stl10-unlabeled-3.parquet", "unlabeled"),
+        ("test/a.parquet", "test"),
+        ("train/test.parquet", "train"),
+    ],
+)
+def test_a_file_is_of_the_split_that_a_word_of_its_name_says(name: str, split: str) -> None:
+    assert split_of_container(name) == split
 
 
 def test_a_npy_file_is_images_or_embeddings_by_its_numbers(tmp_path: Path) -> None:

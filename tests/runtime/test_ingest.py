@@ -2,6 +2,7 @@ import io
 import json
 import os
 import shutil
+import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
+import torch
 from PIL import Image
 
+from spice_ray import workflow
 from spice_ray.core.lanes import serve
 from spice_ray.errors import DataError, StorageError
 from spice_ray.readers.decode import decode
@@ -253,6 +257,31 @@ def test_shards_are_the_same_with_and_without_labels_from_folders(tmp_path: Path
     assert none is None
 
 
+def test_a_member_that_leads_out_of_its_archive_stops_the_ingest_with_one_sentence(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("a.png", "../b.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(png(1))
+            archive.addfile(member, io.BytesIO(png(1)))
+    source = open_source(str(tmp_path / "a.tar"))
+    with pytest.raises(DataError, match=r"^[^\n]*holds the member \.\./b\.png, whose path leads out of [^\n]*$"):
+        workflow.ingest(source, tmp_path / "out", image_size=SIZE, seed=0, reporter=SilentReporter())
+    assert find_shards(tmp_path / "out") is None
+
+
+def test_the_number_of_tasks_at_a_time_changes_nothing(tmp_path: Path) -> None:
+    images = [png(i) for i in range(1300)]
+    pq.write_table(pa.table({"image": images, "label": list(range(1300))}), tmp_path / "a.parquet", row_group_size=100)
+    options = ray.data.DataContext.get_current().execution_options
+    found = []
+    for cpus in (1, 3):
+        options.resource_limits = options.resource_limits.copy(cpu=cpus)
+        found.append(shards_of(tmp_path / "a.parquet", tmp_path / f"{cpus}", image_size=96))
+    options.resource_limits = ray.data.ExecutionResources()
+    for one, three in zip(*found, strict=True):
+        assert (one.fingerprint, one.manifest) == (three.fingerprint, three.manifest)
+
+
 def test_a_data_set_of_many_runs_and_parts_is_ordered_as_one(tmp_path: Path) -> None:
     # 1300 rows of 150 kB make 200 MB: 25 runs of 55 rows and sixteen parts that do not end where runs end.
     pq.write_table(pa.table({"image": [png(i) for i in range(1300)]}), tmp_path / "a.parquet", row_group_size=100)
@@ -377,7 +406,7 @@ def test_a_flipped_bit_of_a_part_is_found_and_named_by_whoever_reads_it(tmp_path
     without = open_shards(shards, None, find_damaged(opened.path, opened.files))
     assert (without.num_rows, without.num_counted) == (28, 24)
     lanes = serve(without.files, [0, 1], 2)
-    ids = load_rows(without, lanes).sample_ids.tolist()
+    ids = load_rows(without, lanes, torch.device("cpu")).sample_ids.tolist()
     assert sorted(ids) == sorted(set(range(28)) - {6, 7, 14, 15})
 
 
