@@ -28,7 +28,7 @@ from torch.nn import functional
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tv
 
-from spice_ray.contracts import Batch
+from spice_ray.contracts import Batch, Health
 from spice_ray.core.augment import Augmentation
 from spice_ray.core.order import stream_key
 from spice_ray.recipe import load_recipe
@@ -213,6 +213,9 @@ class Clock:
 
     def restore(self) -> None:
         return None
+
+    def note_health(self, epoch: int, loss: Tensor, health: Health) -> None:
+        pass
 
     def advance(self, step: int, total: int, _loss: Tensor, _snapshot: Callable[[], dict[str, Any]]) -> None:
         if step in (self.skipped, total):

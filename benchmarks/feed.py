@@ -32,7 +32,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from spice_ray.config import Pretrain, Scale
-from spice_ray.contracts import Batch
+from spice_ray.contracts import Batch, Health
 from spice_ray.core.augment import Augmentation
 from spice_ray.core.lanes import Lanes, ResidentLanes, Stream, serve, shuffle_window
 from spice_ray.core.order import stream_key
@@ -87,6 +87,9 @@ class OneBatch:
 class Silent:
     def restore(self) -> None:
         return None
+
+    def note_health(self, epoch: int, loss: torch.Tensor, health: Health) -> None:
+        pass
 
     def advance(self, step: int, total: int, loss: torch.Tensor, snapshot: Callable[[], dict[str, Any]]) -> None:
         return None

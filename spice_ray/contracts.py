@@ -67,6 +67,19 @@ class Bank(NamedTuple):
     """Pooled features of the strong views, (V, N, D)."""
 
 
+class Health(NamedTuple):
+    """Label-free signs of what a batch's projections, of width P, are worth."""
+
+    alignment: float
+    """Mean squared distance of the two views of an image: 0 where they agree, 2 where they are unrelated."""
+    uniformity: float
+    """log mean exp(-2 d^2) over pairs of different images (Wang and Isola, 2020): 0 collapsed, about -4 well spread."""
+    effective_rank: float
+    """How many dimensions are in use: exp of the entropy of the singular values (Roy and Vetterli, 2007); 1 to P."""
+    collapsed: float
+    """Share of the dimensions that hardly vary."""
+
+
 class Progress(Protocol):
     """What a training loop needs from whoever runs it: a place to go on from, and somebody to tell."""
 
@@ -76,6 +89,10 @@ class Progress(Protocol):
 
     def advance(self, step: int, total: int, loss: "Tensor", snapshot: Callable[[], dict[str, Any]]) -> None:
         """Called by every worker after each step; saves ``snapshot()`` when a checkpoint is due."""
+        ...
+
+    def note_health(self, epoch: int, loss: "Tensor", health: Health) -> None:
+        """Called by every worker of stage 1 at the end of each epoch, counted from 1, before ``advance``."""
         ...
 
 

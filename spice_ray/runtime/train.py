@@ -5,7 +5,7 @@ import pickle
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spice_ray.config import Scale
+from spice_ray.contracts import Health
 from spice_ray.core import collectives
 from spice_ray.errors import DamagedError, SpiceError, StorageError, TrainingError
 from spice_ray.runtime.cluster import find_spice_error
@@ -40,6 +41,7 @@ class TrainProgress:
         self._writer = ProgressWriter(folder, "train") if collectives.rank() == 0 else None
         self._folder = folder
         self._losses: list[float] = []
+        self._health: list[list[float]] = []
         self._pending: list[Tensor] = []
 
     def restore(self) -> dict[str, Any] | None:
@@ -50,6 +52,7 @@ class TrainProgress:
         with checkpoint.as_directory() as folder:
             state = _read_state(Path(folder) / "state.pt")
         self._losses = state.pop("losses").tolist()
+        self._health = state.pop("health").tolist()
         return state
 
     def advance(self, step: int, total: int, loss: Tensor, snapshot: Callable[[], dict[str, Any]]) -> None:
@@ -65,6 +68,13 @@ class TrainProgress:
         elif collectives.first_worker_decides(time.monotonic() >= self._due, self._device):
             self._save(step, snapshot())
 
+    def note_health(self, epoch: int, loss: Tensor, health: Health) -> None:
+        """Leave the signs of each epoch beside the progress, for whoever looks into a run."""
+        self._health.append([epoch, float(loss), *health])
+        if self._writer is not None:
+            lines = (f"{int(epoch)}," + ",".join(f"{value:.6g}" for value in signs) for epoch, *signs in self._health)
+            _write_table(self._folder / "health.csv", ["epoch", "loss", *Health._fields], lines)
+
     def _settle(self, step: int) -> None:
         """Fetch the losses since the last look from the device; all workers hold the same, so all stop together."""
         self._losses += torch.stack(self._pending).tolist()
@@ -79,7 +89,8 @@ class TrainProgress:
             ray.train.report({"step": step})
         else:
             folder = tempfile.mkdtemp(prefix="spice-checkpoint-")
-            torch.save({**state, "losses": torch.tensor(self._losses)}, Path(folder) / "state.pt")
+            told = {"losses": torch.tensor(self._losses), "health": torch.tensor(self._health)}
+            torch.save({**state, **told}, Path(folder) / "state.pt")
             ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
             shutil.rmtree(folder, ignore_errors=True)
         self._due = time.monotonic() + self._checkpoint_seconds
@@ -88,7 +99,11 @@ class TrainProgress:
         """Leave the loss of every step beside the progress, for whoever looks into a run."""
         if self._writer is not None:
             lines = (f"{number},{value:.9g}" for number, value in enumerate(self._losses, 1))
-            (self._folder / "losses.csv").write_text("step,loss\n" + "\n".join(lines) + "\n", encoding="utf-8")
+            _write_table(self._folder / "losses.csv", ["step", "loss"], lines)
+
+
+def _write_table(file: Path, columns: list[str], lines: Iterable[str]) -> None:
+    file.write_text("\n".join([",".join(columns), *lines, ""]), encoding="utf-8")
 
 
 def _read_state(file: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 
 from spice_ray.config import ImageRecipe, Scale, Sweep
-from spice_ray.contracts import JOINT
+from spice_ray.contracts import JOINT, Health
 from spice_ray.errors import SpiceError, TrainingError
 from spice_ray.readers.parts import images_of, read_part
 from spice_ray.recipe import sweep_recipe
@@ -55,6 +55,9 @@ class TrialProgress:
 
     def advance(self, step: int, total: int, loss: Tensor, snapshot: Callable[[], dict[str, Any]]) -> None:
         """There is nobody to tell."""
+
+    def note_health(self, epoch: int, loss: Tensor, health: Health) -> None:
+        """A trial trains no encoder."""
 
 
 def run_sweep(pipeline: ImagePipeline, settings: Sweep, name: str) -> list[dict[str, Any]]:

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from spice_ray.config import Pretrain
-from spice_ray.contracts import Batch, Progress, Wrap
+from spice_ray.contracts import Batch, Health, Progress, Wrap
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation
 from spice_ray.core.encoders import Encoder, build_encoder, set_lanes
+from spice_ray.core.health import measure_health, why_collapsed
 from spice_ray.core.lanes import Lanes
 from spice_ray.core.moco import KeyQueue, ProjectedEncoder, cosine, info_nce, momentum_copy, update_momentum
 from spice_ray.core.order import permutation, stream_key
+from spice_ray.errors import TrainingError
 from spice_ray.stages.optimizers import build_optimizer, set_lr
 
 
@@ -41,6 +43,9 @@ def pretrain(
 
     Returns:
         The query encoder, equal on all workers.
+
+    Raises:
+        TrainingError: All images became alike.
     """
     trainer = _Contrast(settings, lanes.num_lanes, augmentation, seed, device, wrap)
     start = trainer.restore(progress.restore())
@@ -50,9 +55,23 @@ def pretrain(
         share = cosine(step, total, settings.warmup_epochs * steps_per_epoch)
         set_lr(trainer.optimizer, settings.lr * share)
         loss = trainer.step(step, lanes.batch(step))
+        if (step + 1) % steps_per_epoch == 0:
+            _examine((step + 1) // steps_per_epoch, loss, trainer.health(), settings, progress)
         progress.advance(step + 1, total, loss, lambda done=step + 1: trainer.state(done))  # type: ignore[misc]
     collectives.average_buffers(trainer.query)
     return trainer.query.encoder
+
+
+def _examine(epoch: int, loss: Tensor, health: Health, settings: Pretrain, progress: Progress) -> None:
+    """Log the health of an epoch, and stop a run that has collapsed."""
+    progress.note_health(epoch, loss, health)
+    # A new encoder finds all images alike too.
+    sign = why_collapsed(health) if epoch > max(settings.warmup_epochs, settings.epochs / 4) else None
+    if sign is not None:
+        raise TrainingError(
+            f"stage 1 collapsed, in epoch {epoch} of {settings.epochs} {sign}; lower pretrain.lr or raise "
+            "pretrain.momentum, in a new --out"
+        )
 
 
 class _Contrast:
@@ -70,6 +89,8 @@ class _Contrast:
         self.model = wrap(self.query)
         self.optimizer = build_optimizer(settings.optimizer, self.query, settings.lr, settings.weight_decay)
         self.queue = KeyQueue(settings.queue_size, settings.projection_dim, stream_key(seed, "queue"), device)
+        self.last: tuple[Tensor, Tensor]
+        """Queries and keys of the last step, (b * L, P) each."""
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
     def step(self, step: int, batch: Batch) -> Tensor:
@@ -78,7 +99,7 @@ class _Contrast:
         second = self.augmentation.contrastive(batch.images, batch.draws, stream_key(self.seed, "pretrain", 1))
         update_momentum(self.momentum_encoder, self.query, self.settings.momentum)
         directions = [(first, second), (second, first)] if self.settings.symmetric else [(first, second)]
-        losses, keys = [], []
+        losses, keys = list[Tensor](), list[Tensor]()
         for queries, positives in directions:
             all_keys = self.encode_keys(step, positives)
             own_keys = collectives.own_lanes(all_keys, self.lanes)
@@ -86,6 +107,7 @@ class _Contrast:
                 projected = self.model(queries)
             losses.append(info_nce(projected, own_keys, self.queue.keys, self.settings.temperature))
             keys.append(all_keys)
+        self.last = projected.detach(), own_keys
         loss = torch.stack(losses).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -93,6 +115,11 @@ class _Contrast:
         for all_keys in keys:
             self.queue.push(all_keys)
         return collectives.mean_over_workers(loss.detach())
+
+    def health(self) -> Health:
+        """Of the last global batch; the same on all workers."""
+        queries, keys = (collectives.gather_lanes(rows, self.lanes) for rows in self.last)
+        return Health(*measure_health(queries, keys).tolist())
 
     @torch.no_grad()
     def encode_keys(self, step: int, views: Tensor) -> Tensor:

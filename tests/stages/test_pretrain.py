@@ -15,12 +15,14 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from spice_ray.config import Pretrain
+from spice_ray.contracts import Health
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation
 from spice_ray.core.encoders import build_encoder
 from spice_ray.core.lanes import ResidentLanes, Stream
 from spice_ray.core.moco import ProjectedEncoder, cosine
 from spice_ray.core.order import stream_key
+from spice_ray.errors import TrainingError
 from spice_ray.stages.pretrain import _Contrast, pretrain
 from tests.small_lanes import resident
 
@@ -40,9 +42,13 @@ class Recorder:
     def __init__(self, state: dict[str, Any] | None = None, stop: int | None = None, file: Path | None = None) -> None:
         self.state, self.stop, self.file = state, stop, file
         self.losses: list[float] = []
+        self.health: dict[int, list[float]] = {}
 
     def restore(self):
         return self.state
+
+    def note_health(self, epoch, loss, health):
+        self.health[epoch] = [loss.item(), *health]
 
     def advance(self, step, total, loss, snapshot):
         self.losses.append(loss.item())
@@ -97,7 +103,7 @@ def train(case: str, recorder: Recorder) -> dict[str, Any]:
         wrap=wrap,
         progress=recorder,
     )
-    return {"losses": recorder.losses, "encoder": encoder.state_dict()}
+    return {"losses": recorder.losses, "health": recorder.health, "encoder": encoder.state_dict()}
 
 
 def train_interrupted(case: str, file: Path) -> dict[str, Any]:
@@ -151,6 +157,10 @@ def test_any_number_of_workers_gives_the_losses_and_the_encoder_of_one(results, 
     assert len(together["losses"]) == STEPS
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4)
     assert_close(together["encoder"], alone["encoder"])
+    assert list(together["health"]) == [1, 2, 3, 4, 5]
+    for epoch, signs in together["health"].items():
+        assert signs == pytest.approx(alone["health"][epoch], rel=1e-3, abs=1e-4)
+        assert signs[0] == together["losses"][4 * epoch - 1]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -159,6 +169,7 @@ def test_all_workers_end_with_the_same_encoder_and_losses(results, case, workers
     first, *others = (result[case] for result in results[workers])
     for other in others:
         assert other["losses"] == first["losses"]
+        assert other["health"] == first["health"]
         assert_close(other["encoder"], first["encoder"], tolerance=0)
 
 
@@ -181,6 +192,40 @@ def test_one_worker_can_go_on_where_two_were_interrupted(results, folder, case):
     resumed = train(case, Recorder(torch.load(folder / f"{case}.pt", weights_only=True)))
     assert resumed["losses"] == pytest.approx(results[1][0][case]["losses"][STOP:], rel=1e-4)
     assert_close(resumed["encoder"], results[1][0][case]["encoder"])
+
+
+class Listener:
+    """Hears of nothing but health."""
+
+    def __init__(self) -> None:
+        self.health: list[Health] = []
+
+    def restore(self):
+        return None
+
+    def advance(self, step, total, loss, snapshot):
+        pass
+
+    def note_health(self, epoch, loss, health):
+        self.health.append(health)
+
+
+def test_a_run_in_which_all_images_become_alike_stops_and_says_so():
+    listener = Listener()
+    with pytest.raises(TrainingError, match=r"stage 1 collapsed, in epoch \d+ of 40 the projections lie on a line"):
+        pretrain(
+            settings(epochs=40, optimizer="adamw", lr=0.5),
+            worker_lanes(),
+            augmentation("digits"),
+            num_images=sum(FILES),
+            seed=SEED,
+            device=CPU,
+            wrap=wrap,
+            progress=listener,
+        )
+    # A quarter of the epochs is let pass: a new encoder finds all images alike too.
+    assert 10 < len(listener.health) < 40
+    assert listener.health[-1].effective_rank < 1.5
 
 
 # One lane: batch norm over the whole batch, for which a plain twin is short
