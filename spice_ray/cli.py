@@ -44,7 +44,10 @@ app = typer.Typer(
 )
 
 Data = Annotated[
-    str, typer.Option(help="Images: a folder, files, a list or a URL (see README), image shards, or the word digits.")
+    str,
+    typer.Option(
+        help="A folder, files, a list or a URL of images (see README), embeddings, shards, or the word digits."
+    ),
 ]
 Out = Annotated[Path, typer.Option(help="Run folder; the same command again goes on where it stopped.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as num_clusters=20 or heads.count=5.")]
@@ -63,7 +66,7 @@ def run(
     labels_from_folders: FolderLabels = False,
     verbose: Verbose = False,
 ) -> None:
-    """Cluster images: all three stages, from whatever is finished already."""
+    """Cluster images, or embeddings: all stages, from whatever is finished already."""
     settings = load_recipe(recipe, overrides or [])
     prepared = workflow.prepare(settings, data, out, labels_from_folders=labels_from_folders)
     workflow.run(prepared, ConsoleReporter(), verbose=verbose)
@@ -147,9 +150,10 @@ def _show_result(out: Path) -> None:
     # Paths and sentences are printed as they are: what looks like markup in them is not.
     console = Console(markup=False, highlight=False)
     clusters = pq.read_table(out / "assignments.parquet", columns=["cluster"])["cluster"].to_pylist()
-    sizes = ", ".join(f"{cluster}: {count}" for cluster, count in sorted(Counter(clusters).items()))
+    record, counts = read_json(out / "run.json"), Counter(clusters)
+    sizes = ", ".join(f"{cluster}: {counts[cluster]}" for cluster in range(record["recipe"]["num_clusters"]))
     console.print(f"cluster sizes of {len(clusters)} images: {sizes}", soft_wrap=True)
-    if read_json(out / "run.json")["artifacts"]["labels"] is not None:
+    if record["artifacts"]["labels"] is not None:
         try:
             console.print(scores_table(score(out)))
         except DataError as error:

@@ -8,7 +8,7 @@ import itertools
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import ValidationError
@@ -80,14 +80,23 @@ def check_trials(recipe: Recipe, sweep: Sweep) -> None:
         ConfigError: A value is out of its range, or does not fit the others; or there is no stage 3 to judge them by.
     """
     if not isinstance(recipe, ImageRecipe):
-        raise ConfigError(
-            "a sweep ranks its trials by the classifier of stage 3, which a recipe of embeddings does not have; "
-            "run each threshold by itself, such as reliable.min_consistency=0.9, with an --out of its own"
-        )
+        refuse_sweep()
     trials = itertools.product(*sweep.space.values())
     # A trial beyond that, of a random search in a vast space, would be refused when its turn comes.
     for values in itertools.islice(trials, _MOST_TRIALS_CHECKED):
         sweep_recipe(recipe, dict(zip(sweep.space, values, strict=True)))
+
+
+def refuse_sweep() -> NoReturn:
+    """Say why runs on embeddings cannot be swept.
+
+    Raises:
+        ConfigError: Always.
+    """
+    raise ConfigError(
+        "a sweep ranks its trials by the classifier of stage 3, which runs on embeddings do not have; "
+        "run each threshold by itself, such as reliable.min_consistency=0.9, with an --out of its own"
+    )
 
 
 def sweep_recipe(recipe: ImageRecipe, values: dict[str, Any]) -> ImageRecipe:
@@ -226,7 +235,7 @@ def _first_sentence(error: ValidationError, known: list[str]) -> str:
         case kind if kind in _UNKNOWN_KEY:
             return f"unknown setting {where!r}; {_nearest(where, known)}"
         case "missing":
-            return f"{where} is missing; add it"
+            return f"{where} is missing; add it to the recipe, or as {where}=VALUE"
         case "value_error":
             return str(first["ctx"]["error"])
     message = first["msg"][0].lower() + first["msg"][1:]

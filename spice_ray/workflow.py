@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from spice_ray.config import ImageRecipe, Recipe, Scale, Sweep, check_count
 from spice_ray.contracts import SHARDS
 from spice_ray.errors import ConfigError, DamagedError, DataError
-from spice_ray.recipe import check_trials, load_recipe
+from spice_ray.recipe import check_trials, load_recipe, refuse_sweep
 from spice_ray.run_folder import RunFolder, check_folder, check_held, claim, lock, read_record
 from spice_ray.runtime.cluster import check_local_cpus, connected
 from spice_ray.runtime.progress import Reporter
@@ -62,6 +62,8 @@ def prepare(
         check_shards(recipe, shards)
         return Prepared(claim(out, recipe, identity), recipe, None, path)
     source = open_source(data, labels_from_folders)
+    if trials is not None and source.kind == "embeddings":
+        refuse_sweep()
     check_kind(recipe, embeddings=source.kind == "embeddings", name=_shown(data))
     identity = {"path": _shown(data), "digest": f"{source.kind}-{source.listing_digest()}"}
     check_held(out, recipe, identity)

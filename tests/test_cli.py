@@ -33,6 +33,10 @@ def run_into(out: str, *overrides: str) -> list[str]:
     return ["run", "digits", "--data", "digits", "--out", out, *overrides]
 
 
+def embed(data: str, *more: str) -> list[str]:
+    return ["run", "embeddings", "--data", data, "--out", "{here}/new", *more]
+
+
 def tune(sweep: str, *more: str) -> list[str]:
     return ["tune", sweep, "--data", "digits", "--out", "{here}/new", *more]
 
@@ -114,16 +118,12 @@ REFUSED = {
     "long path": (run_on("x" * 300), "does not exist; give a folder"),
     "embeddings for images": (run_on("{here}/vectors.npy"), "vectors.npy holds embeddings and the recipe is one of"),
     "shards of embeddings": (run_on("{here}/embedded"), "holds embeddings and the recipe is one of images; use"),
-    "images for embeddings": (["run", "embeddings", *RUN[2:]], "digits holds images and the recipe has no sections"),
-    "shards for embeddings": (
-        ["run", "embeddings", "--data", "{here}/few", "--out", "{here}/new"], "holds images and the recipe has no"
-    ),
-    "K above the embeddings": (
-        ["run", "embeddings", "--data", "{here}/vectors.npy", "--out", "{here}/new", "num_clusters=100"],
-        "num_clusters=100 is more than the 99",
-    ),
+    "images for embeddings": (embed("digits", "num_clusters=3"), "digits holds images and the recipe has no sections"),
+    "shards for embeddings": (embed("{here}/few", "num_clusters=3"), "holds images and the recipe has no"),
+    "K not named": (embed("{here}/vectors.npy"), "num_clusters is missing; add it to the recipe, or as num_clusters="),
+    "K above the embeddings": (embed("{here}/vectors.npy", "num_clusters=100"), "num_clusters=100 is more than the 99"),
     "setting of images": (
-        ["run", "embeddings", "--data", "{here}/vectors.npy", "--out", "{here}/new", "pretrain.lr=0.1"],
+        embed("{here}/vectors.npy", "pretrain.lr=0.1"),
         "pretrain.lr is a setting of runs on images, and the recipe is one of embeddings",
     ),
     # K and the sizes of batches and the queue.
@@ -170,8 +170,12 @@ REFUSED = {
     "sweep recipe": (tune("{here}/recipe.yaml"), "unknown recipe 'digitz'"),
     "sweep override": (tune("{here}/good.yaml", "seed=-1"), "seed=-1 cannot be used"),
     "sweep of embeddings": (
-        ["tune", "{here}/good.yaml", "--recipe", "embeddings", "--data", "{here}/vectors.npy", "--out", "{here}/new"],
-        "a sweep ranks its trials by the classifier of stage 3, which a recipe of embeddings does not have",
+        ["tune", "{here}/good.yaml", "--data", "{here}/vectors.npy", "--out", "{here}/new"],
+        "a sweep ranks its trials by the classifier of stage 3, which runs on embeddings do not have; run each",
+    ),
+    "recipe of embeddings in a sweep": (
+        [*tune("{here}/good.yaml"), "--recipe", "embeddings", "num_clusters=3"],
+        "a sweep ranks its trials by the classifier of stage 3, which runs on embeddings do not have; run each",
     ),
     # The other commands.
     "evaluate nothing": (["evaluate", "{here}/nowhere"], "run.json does not exist; is {here}/nowhere the folder"),

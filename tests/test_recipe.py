@@ -24,7 +24,13 @@ from tests.small_settings import changed, error_of, small_recipe
 def test_every_shipped_recipe_loads() -> None:
     assert recipe_names()
     for name in recipe_names():
-        assert load_recipe(name, []).num_clusters >= 2
+        assert load_recipe(name, ["num_clusters=7"]).num_clusters == 7
+
+
+@pytest.mark.parametrize("name", ["images_small", "embeddings"])
+def test_recipes_for_ones_own_data_do_not_guess_the_number_of_clusters(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^num_clusters is missing; add it .* num_clusters=VALUE$"):
+        load_recipe(name, [])
 
 
 def test_a_recipe_file_means_the_same_as_its_settings(tmp_path: Path) -> None:
@@ -129,7 +135,7 @@ def test_a_misspelt_setting_is_named_rather_than_the_one_that_is_missing_for_it(
 def test_a_missing_setting_is_named() -> None:
     values = small_recipe()
     del values["pretrain"]["temperature"]
-    assert error_of(values) == "pretrain.temperature is missing; add it"
+    assert error_of(values) == "pretrain.temperature is missing; add it to the recipe, or as pretrain.temperature=VALUE"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,10 @@ from spice_ray.readers.records import split_of_container
 
 _CHANNELS = (1, 3, 4)
 _CHANNELS_FIRST = (1, 3)
-_NEEDED = "needed are uint8 images of shape (N, H, W) or (N, H, W, C) with C = 1, 3 or 4"
+_NEEDED = (
+    "needed are uint8 images of shape (N, H, W) or (N, H, W, C) with C = 1, 3 or 4, "
+    "or embeddings in float16, float32 or float64 of shape (N, D)"
+)
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ def _quiet(verbose: bool) -> Iterator[None]:
     """Keep Ray's log from the user; Ray Data sets up its loggers anew whenever it runs, so levels would not last."""
     before = logging.root.manager.disable
     if not verbose:
-        logging.disable(logging.WARNING)
+        logging.disable(logging.CRITICAL)  # Ray Data logs an error with its traceback before it raises it
     try:
         yield
     finally:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +40,7 @@ def vectors(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cluster(data: Path, out: Path, *more: str, reporter: SilentReporter | None = None) -> Path:
-    recipe = load_recipe("embeddings", [*SETTINGS, *more])
+    recipe = load_recipe("embeddings", ["num_clusters=10", *SETTINGS, *more])
     workflow.run(workflow.prepare(recipe, str(data), out), reporter or SilentReporter())
     return out
 
@@ -118,6 +120,11 @@ def test_a_table_of_the_same_embeddings_gives_the_same_rows(embedded: Path, vect
     assert tables[0].equals(tables[1])
 
 
+def on_the_command_line(data: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "spice_ray", "run", "embeddings", "--data", str(data), "--out", str(out)]
+    return subprocess.run([*command, "num_clusters=10"], capture_output=True, text=True, check=False)
+
+
 class Damager(SilentReporter):
     """Flips a bit of a shard file when the stage begins that reads it: after it was looked at and found sound."""
 
@@ -138,6 +145,10 @@ def test_a_part_that_is_damaged_meanwhile_is_named_or_left_out_and_counted(vecto
     copy = Path(shutil.copytree(shards.parent, tmp_path / "copy"))
     with pytest.raises(DamagedError, match=r"part-00005\.parquet is damaged"):
         cluster(copy, tmp_path / "named", reporter=Damager(copy / shards.name, "assignments"))
+    said = on_the_command_line(copy, tmp_path / "said")
+    assert said.returncode == 2
+    assert "Traceback" not in said.stderr
+    assert "part-00005.parquet is damaged" in said.stderr.splitlines()[-1]
     reporter = Damager(shards, "embedding")
     run = cluster(shards, tmp_path / "run", "scale.skip_damaged=true", reporter=reporter)
     assert 0 < reporter.lost < NUM_IMAGES
