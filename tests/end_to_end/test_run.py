@@ -172,8 +172,9 @@ def test_the_split_protocol_trains_on_train_and_scores_on_test(corpus: Corpus, t
 
 
 def test_streamed_images_give_the_same_models_as_resident_ones(copied: Path, corpus: Corpus) -> None:
+    # Stage 3, whose labelled stream draws with replacement and leaves rows out; stage 1 streams when a part is damaged.
     resident = digests(copied)
-    forget(copied, "encoder", "joint")
+    forget(copied, "joint")
     cluster(corpus.parquet, copied, "scale.resident_memory=0")
     assert digests(copied) == resident
 
