@@ -111,8 +111,11 @@ def _fit(pipeline: ImagePipeline, settings: Sweep, folder: Path, progress: Path)
             metric="loss",
             mode="min",
             num_samples=settings.samples or 1,
-            search_alg=ray.tune.search.BasicVariantGenerator(random_state=pipeline.recipe.seed),
-            max_concurrent_trials=_num_concurrent(scale),
+            # TuneConfig's own bound is ignored beside this generator, and trials on every CPU would wait for ever for
+            # the tasks that read their images.
+            search_alg=ray.tune.search.BasicVariantGenerator(
+                max_concurrent=_num_concurrent(scale), random_state=pipeline.recipe.seed
+            ),
         ),
         run_config=ray.tune.RunConfig(
             name="tune",

@@ -1,7 +1,9 @@
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 
 from spice_ray import workflow
@@ -42,3 +44,15 @@ def test_a_sweep_shares_stages_1_and_2_and_ranks_by_the_unsupervised_loss(copied
     assert winner.joint.confidence == rows[0]["values"]["joint.confidence"]
     assert pq.read_table(folder / "assignments.parquet").num_rows == 600
     assert evaluate(folder)["n"] == 600
+
+    # One CPU is left for the tasks that read images; trials on all of them would wait for those for ever.
+    spans = [span_of(file) for file in folder.glob("tune/*/result.json")]
+    assert len(spans) == 4
+    most = max(sum(other[0] <= start < other[1] for other in spans) for start, _ in spans)
+    assert most <= ray.cluster_resources()["CPU"] - 1
+
+
+def span_of(results: Path) -> tuple[float, float]:
+    """When a trial began and ended, in seconds, by what Ray Tune wrote of it."""
+    last = json.loads(results.read_text().splitlines()[-1])
+    return last["timestamp"] - last["trial_seconds"], last["timestamp"]
