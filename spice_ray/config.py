@@ -14,7 +14,18 @@ from spice_ray.errors import ConfigError
 Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["sgd", "adamw"]
 Views = Literal["natural", "digits", "none"]
-EncoderName = Literal["convnet", "resnet18_small", "resnet34_small", "resnet18", "resnet34", "wrn28_2", "wrn28_8"]
+EncoderName = Literal[
+    "convnet",
+    "resnet18_small",
+    "resnet34_small",
+    "resnet18_pooled",
+    "resnet34_pooled",
+    "resnet18",
+    "resnet34",
+    "wrn28_2",
+    "wrn28_8",
+    "wrn37_2",
+]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]

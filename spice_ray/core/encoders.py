@@ -6,7 +6,7 @@ its query by shared batch statistics (MoCo, section 3.3 "Shuffling BN").
 """
 
 from collections.abc import Callable
-from typing import cast
+from typing import Literal, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -81,19 +81,24 @@ def convnet() -> Encoder:
     return Encoder(nn.Sequential(*layers), 128)
 
 
-def resnet(name: str, *, small: bool) -> Encoder:
+def resnet(name: str, stem: Literal["small", "pooled", "imagenet"]) -> Encoder:
     """The torchvision ResNet called ``name``, without its classifier.
 
-    ``small`` replaces the ImageNet stem by one 3x3 convolution of stride 1 without max-pool, as is usual at 32 pixels;
-    at 96 pixels it costs 15 times the ImageNet stem's arithmetic.
+    Args:
+        name: ``resnet18`` or ``resnet34``.
+        stem: small: one 3x3 convolution of stride 1, for 32 pixels; pooled: the same and a max-pool of stride 2, for 64
+            and 96 pixels, SPICE's for STL-10; imagenet: torchvision's own, 7x7 of stride 2 and a max-pool, for 224
+            pixels. At 96 pixels ResNet-34 costs 10.4, 3.0 and 0.7 billion multiplications with them.
     """
     from torchvision.models import get_model  # 2 s of import that the workers of other encoders need not wait for
 
     net = get_model(name, weights=None, norm_layer=LaneBatchNorm2d)
-    stem = [net.conv1, net.bn1, net.relu, net.maxpool]
-    if small:
-        stem = [nn.Conv2d(3, 64, 3, padding=1, bias=False), LaneBatchNorm2d(64), nn.ReLU()]
-    return Encoder(nn.Sequential(*stem, net.layer1, net.layer2, net.layer3, net.layer4), 512)
+    layers = [net.conv1, net.bn1, net.relu, net.maxpool]
+    if stem != "imagenet":
+        layers = [nn.Conv2d(3, 64, 3, padding=1, bias=False), LaneBatchNorm2d(64), nn.ReLU()]
+    if stem == "pooled":
+        layers.append(nn.MaxPool2d(2, padding=1))
+    return Encoder(nn.Sequential(*layers, net.layer1, net.layer2, net.layer3, net.layer4), 512)
 
 
 class WideBlock(nn.Module):
@@ -113,26 +118,34 @@ class WideBlock(nn.Module):
         return out + (x if self.shortcut is None else self.shortcut(activated))
 
 
-def wide_resnet(depth: int, widen: int) -> Encoder:
-    """WRN-depth-widen for 32 pixel images: FixMatch's backbone."""
-    blocks = (depth - 4) // 6
+def wide_resnet(widen: int, strides: tuple[int, ...]) -> Encoder:
+    """FixMatch's backbone: for each of ``strides`` four blocks, each group ``widen`` times 16, 32, 64, ... wide.
+
+    Three groups make WRN-28-widen, four WRN-37-widen.
+    """
     layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False)]
     inputs = 16
-    for outputs, stride in ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)):
-        for block in range(blocks):
+    for group, stride in enumerate(strides):
+        outputs = 16 * widen * 2**group
+        for block in range(_BLOCKS_PER_GROUP):
             layers.append(WideBlock(inputs, outputs, stride if block == 0 else 1))
             inputs = outputs
     return Encoder(nn.Sequential(*layers, LaneBatchNorm2d(inputs), nn.LeakyReLU(0.1)), inputs)
 
 
+_BLOCKS_PER_GROUP = 4
 _BUILDERS: dict[str, Callable[[], Encoder]] = {
     "convnet": convnet,
-    "resnet18_small": lambda: resnet("resnet18", small=True),
-    "resnet34_small": lambda: resnet("resnet34", small=True),
-    "resnet18": lambda: resnet("resnet18", small=False),
-    "resnet34": lambda: resnet("resnet34", small=False),
-    "wrn28_2": lambda: wide_resnet(28, 2),
-    "wrn28_8": lambda: wide_resnet(28, 8),
+    "resnet18_small": lambda: resnet("resnet18", "small"),
+    "resnet34_small": lambda: resnet("resnet34", "small"),
+    "resnet18_pooled": lambda: resnet("resnet18", "pooled"),
+    "resnet34_pooled": lambda: resnet("resnet34", "pooled"),
+    "resnet18": lambda: resnet("resnet18", "imagenet"),
+    "resnet34": lambda: resnet("resnet34", "imagenet"),
+    "wrn28_2": lambda: wide_resnet(2, (1, 2, 2)),
+    "wrn28_8": lambda: wide_resnet(8, (1, 2, 2)),
+    # For 96 pixels, which the stride of its first group halves.
+    "wrn37_2": lambda: wide_resnet(2, (2, 2, 2, 2)),
 }
 
 

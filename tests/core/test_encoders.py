@@ -126,7 +126,10 @@ def test_rows_that_do_not_fill_the_lanes_are_refused():
         ("resnet18", 64, 512, 2, 11_689_512 - 513_000),  # torchvision's with 1000 classes
         ("resnet34", 64, 512, 2, 21_797_672 - 513_000),
         ("wrn28_2", 32, 128, 8, 1_467_610 - 1_290),  # FixMatch's with 10 classes
+        ("resnet34_pooled", 96, 512, 7, 21_282_122 - 5_130),
+        ("resnet18_pooled", 64, 512, 5, 11_173_962 - 5_130),
         ("wrn28_8", 32, 512, 8, 23_354_842 - 5_130),
+        ("wrn37_2", 96, 256, 6, 5_926_864),
     ],
 )
 def test_encoders_have_their_published_sizes(name, side, embed_dim, map_side, parameters):
