@@ -56,6 +56,13 @@ class Image(Settings):
     """natural: crops, flips and colour; digits: small distortions, never flipped or recoloured; none: no change."""
 
 
+_NEEDED_BY_LOSS = {
+    "moco": ("queue_size", "temperature", "momentum"),
+    "simclr": ("temperature",),
+    "byol": ("momentum",),
+}
+
+
 class Pretrain(Settings):
     """Stage 1, contrastive learning (paper III-A, eq. 1)."""
 
@@ -65,15 +72,19 @@ class Pretrain(Settings):
     epochs: PositiveInt
     batch_size: PositiveInt
     """B: rows of a global batch, over all workers."""
-    queue_size: PositiveInt
-    """Q: negative keys, a multiple of ``batch_size`` and at most a quarter of the images."""
+    loss: Literal["moco", "simclr", "byol"] = "moco"
+    queue_size: PositiveInt | None = None
+    """Q: negative keys of MoCo, a multiple of ``batch_size`` and at most a quarter of the images."""
     projection_dim: PositiveInt = 128
-    temperature: PositiveFloat
-    momentum: Annotated[float, Field(ge=0, lt=1)]
-    """m: share of the momentum encoder that stays at each step."""
+    temperature: PositiveFloat | None = None
+    """tau, of MoCo and SimCLR."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """m, of MoCo and BYOL: share of the momentum encoder that stays at each step; BYOL's rises to 1 towards the end."""
     symmetric: bool = False
+    """MoCo's loss in both directions; those of SimCLR and BYOL always are."""
     optimizer: Optimizer = "sgd"
     lr: PositiveFloat
+    """For batches of ``batch_size``: of a batch c times as large, c times as much with SGD (Goyal et al. 2017)."""
     weight_decay: NonNegativeFloat
     warmup_epochs: NonNegativeFloat = 0
     precision: Precision = "fp32"
@@ -86,11 +97,18 @@ class Pretrain(Settings):
                 f"pretrain.batch_size={self.batch_size} leaves fewer than 2 rows to each of "
                 f"pretrain.lanes={self.lanes} batch-norm groups; raise the batch size or lower the lanes"
             )
-        keys = self.batch_size * (2 if self.symmetric else 1)
-        _divides(
-            "pretrain.batch_size" + (" twice" if self.symmetric else ""), keys, "pretrain.queue_size", self.queue_size
-        )
+        for name in _NEEDED_BY_LOSS[self.loss]:
+            if getattr(self, name) is None:
+                raise ValueError(f"pretrain.loss={self.loss} needs pretrain.{name}, which is not given")
+        if self.loss == "moco" and self.queue_size is not None:
+            twice = " twice" if self.symmetric else ""
+            _divides(f"pretrain.batch_size{twice}", self.keys_per_step, "pretrain.queue_size", self.queue_size)
         return self
+
+    @property
+    def keys_per_step(self) -> int:
+        """How many keys each step of MoCo puts into the queue."""
+        return self.batch_size * (2 if self.symmetric else 1)
 
 
 class Heads(Settings):
@@ -167,6 +185,8 @@ class Scale(Settings):
     workers: PositiveInt = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     cpus_per_worker: PositiveInt = 1
+    accumulate: PositiveInt = 1
+    """Parts that a worker computes a batch in, one after the other: a batch that its memory would not hold at once."""
     head_actors: PositiveInt | None = None
     """Actors that share the heads; none: one per head where the cluster has room, else one per free processor."""
     head_gpus: Annotated[float, Field(ge=0)] = 0
@@ -208,13 +228,24 @@ class ImageRecipe(Recipe):
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:
+        most = math.gcd(self.pretrain.lanes, self.joint.lanes)
         for stage, lanes in (("pretrain", self.pretrain.lanes), ("joint", self.joint.lanes)):
             if lanes % self.scale.workers:
-                most = math.gcd(self.pretrain.lanes, self.joint.lanes)
                 raise ValueError(
                     f"scale.workers={self.scale.workers} does not divide {stage}.lanes={lanes}, and a worker serves "
                     f"whole lanes; use scale.workers={most} or a divisor of it"
                 )
+            if lanes // self.scale.workers % self.scale.accumulate:
+                raise ValueError(
+                    f"scale.accumulate={self.scale.accumulate} does not divide the {lanes // self.scale.workers} lanes "
+                    f"that each worker has of {stage}.lanes={lanes}, and a part is whole lanes; use "
+                    f"scale.accumulate={most // self.scale.workers} or a divisor of it"
+                )
+        if self.scale.accumulate > 1 and self.pretrain.loss == "simclr":
+            raise ValueError(
+                f"scale.accumulate={self.scale.accumulate} is not for pretrain.loss=simclr, where every row of a batch "
+                "meets every other; use scale.accumulate=1, or pretrain.loss=moco"
+            )
         return self
 
 
@@ -293,12 +324,13 @@ def _check_batches(recipe: ImageRecipe, num_images: int, num_train: int) -> None
             f"joint.labelled_batch times joint.unlabelled_ratio={batch} is more than the {num_train} images there are; "
             "lower one of them, or add images"
         )
-    if recipe.pretrain.queue_size > num_images // 4:
-        keys = recipe.pretrain.batch_size * (2 if recipe.pretrain.symmetric else 1)
+    queue_size = recipe.pretrain.queue_size or 0
+    if recipe.pretrain.loss == "moco" and queue_size > num_images // 4:
+        keys = recipe.pretrain.keys_per_step
         largest = num_images // 4 // keys * keys
         advice = f"use {largest}" if largest else "lower pretrain.batch_size and pretrain.queue_size"
         raise ConfigError(
-            f"pretrain.queue_size={recipe.pretrain.queue_size} is more than a quarter of the {num_images} images, "
+            f"pretrain.queue_size={queue_size} is more than a quarter of the {num_images} images, "
             f"so keys would meet their own image among the negatives; {advice}"
         )
 

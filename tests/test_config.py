@@ -147,3 +147,30 @@ def test_the_loss_of_perfect_clusters_is_that_of_a_double_softmax() -> None:
     for num_clusters in (2, 10):
         certain = [math.e] + [1.0] * (num_clusters - 1)  # exp of a one-hot row
         assert perfect_loss(num_clusters) == pytest.approx(-math.log(certain[0] / sum(certain)))
+
+
+@pytest.mark.parametrize(("loss", "needed"), [("moco", "queue_size"), ("byol", "momentum"), ("simclr", "temperature")])
+def test_each_contrastive_loss_says_what_it_needs(loss: str, needed: str) -> None:
+    values = changed(pretrain__loss=loss)
+    del values["pretrain"][needed]
+    assert error_of(values) == f"pretrain.loss={loss} needs pretrain.{needed}, which is not given"
+
+
+def test_losses_without_a_queue_need_none() -> None:
+    values = changed(pretrain__loss="byol")
+    del values["pretrain"]["queue_size"], values["pretrain"]["temperature"]
+    recipe = check_recipe(values)
+    check_count(recipe, 64, 64)
+
+
+def test_parts_of_a_batch_are_whole_lanes() -> None:
+    assert check_recipe(changed(scale__accumulate=4)).scale.accumulate == 4
+    assert check_recipe(changed(scale__accumulate=2, scale__workers=2)).scale.accumulate == 2
+    assert error_of(changed(scale__accumulate=4, scale__workers=2)) == (
+        "scale.accumulate=4 does not divide the 2 lanes that each worker has of pretrain.lanes=4, and a part is whole "
+        "lanes; use scale.accumulate=2 or a divisor of it"
+    )
+
+
+def test_simclr_is_not_computed_in_parts() -> None:
+    assert "use scale.accumulate=1" in error_of(changed(pretrain__loss="simclr", scale__accumulate=2))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from spice_ray.config import check_count
 from spice_ray.errors import ConfigError
 from spice_ray.recipe import (
     check_key,
@@ -27,7 +28,27 @@ def test_every_shipped_recipe_loads() -> None:
         assert load_recipe(name, ["num_clusters=7"]).num_clusters == 7
 
 
-@pytest.mark.parametrize("name", ["images_small", "embeddings"])
+# Rows that stage 1 and stages 2-3 see, in the split protocol where there is one.
+BENCHMARKS = {
+    "cifar10": (50_000, 50_000, 10),
+    "cifar10_paper": (50_000, 50_000, 10),
+    "cifar100_20": (50_000, 50_000, 20),
+    "stl10": (105_000, 5_000, 10),
+    "imagenet10": (13_000, 13_000, 10),
+    "imagenet_dog": (19_500, 19_500, 15),
+    "tiny_imagenet": (100_000, 100_000, 200),
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_recipes_of_benchmarks_fit_their_images(name: str) -> None:
+    num_images, num_train, num_clusters = BENCHMARKS[name]
+    recipe = load_recipe(name, [])
+    check_count(recipe, num_images, num_train)
+    assert recipe.num_clusters == num_clusters
+
+
+@pytest.mark.parametrize("name", ["images", "images_small", "embeddings"])
 def test_recipes_for_ones_own_data_do_not_guess_the_number_of_clusters(name: str) -> None:
     with pytest.raises(ConfigError, match=r"^num_clusters is missing; add it .* num_clusters=VALUE$"):
         load_recipe(name, [])
@@ -134,8 +155,8 @@ def test_a_misspelt_setting_is_named_rather_than_the_one_that_is_missing_for_it(
 
 def test_a_missing_setting_is_named() -> None:
     values = small_recipe()
-    del values["pretrain"]["temperature"]
-    assert error_of(values) == "pretrain.temperature is missing; add it to the recipe, or as pretrain.temperature=VALUE"
+    del values["pretrain"]["lr"]
+    assert error_of(values) == "pretrain.lr is missing; add it to the recipe, or as pretrain.lr=VALUE"
 
 
 @pytest.mark.parametrize(

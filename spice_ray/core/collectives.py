@@ -29,21 +29,36 @@ def gather_lanes(rows: Tensor, lanes: int) -> Tensor:
     Returns:
         (b * G, ...): row i * G + g is the i-th of lane g.
     """
-    workers = world_size()
-    if workers == 1:
+    return rows if world_size() == 1 else join_lanes(_all_gather(rows), lanes)
+
+
+def gather_live_lanes(rows: Tensor, lanes: int) -> Tensor:
+    """As :func:`gather_lanes`, and this worker's own rows, (b * L, ...) of them, take their gradient."""
+    if world_size() == 1:
         return rows
-    parts = _all_gather(rows)
-    stacked = torch.stack([part.unflatten(0, (-1, lanes)) for part in parts], dim=1)  # (b, W, L, ...)
-    return stacked.flatten(0, 2)
+    parts = _all_gather(rows.detach())
+    parts[rank()] = rows
+    return join_lanes(parts, lanes)
 
 
 def own_lanes(rows: Tensor, lanes: int) -> Tensor:
     """This worker's part of a global batch: the inverse of :func:`gather_lanes`."""
-    workers = world_size()
-    if workers == 1:
+    return pick_lanes(rows, rank(), world_size(), lanes)
+
+
+def pick_lanes(rows: Tensor, part: int, parts: int, lanes: int) -> Tensor:
+    """The rows, (b * L, ...), of one of ``parts`` groups of L = ``lanes`` lanes each, of (b * parts * L, ...)."""
+    if parts == 1:
         return rows
-    own: Tensor = rows.unflatten(0, (-1, workers, lanes))[:, rank()]
-    return own.flatten(0, 1)
+    picked: Tensor = rows.unflatten(0, (-1, parts, lanes))[:, part]
+    return picked.flatten(0, 1)
+
+
+def join_lanes(groups: list[Tensor], lanes: int) -> Tensor:
+    """The inverse of :func:`pick_lanes`: groups of ``lanes`` lanes each, interleaved again."""
+    if len(groups) == 1:
+        return groups[0]
+    return torch.stack([group.unflatten(0, (-1, lanes)) for group in groups], dim=1).flatten(0, 2)
 
 
 def mean_over_workers(x: Tensor) -> Tensor:

@@ -18,10 +18,12 @@ class LaneBatchNorm2d(nn.BatchNorm2d):
     """Batch norm with one set of batch statistics per lane and one set of running statistics, their mean over lanes."""
 
     lanes: int = 1
+    part: int = 0
+    parts: int = 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise interleaved rows, (b * L, C, H, W), lane by lane."""
-        if not self.training or self.lanes == 1:
+        if not self.training or self.lanes == self.parts == 1:
             return super().forward(x)
         rows, channels, height, width = x.shape
         assert self.running_mean is not None
@@ -35,21 +37,28 @@ class LaneBatchNorm2d(nn.BatchNorm2d):
             self.weight.repeat(self.lanes),
             self.bias.repeat(self.lanes),
             training=True,
-            momentum=cast(float, self.momentum),
+            momentum=self._share(),
             eps=self.eps,
         )
         self.running_mean.copy_(mean.view(self.lanes, channels).mean(dim=0))
         self.running_var.copy_(var.view(self.lanes, channels).mean(dim=0))
-        # As plain batch norm does: an encoder's file must not show how many lanes each worker served.
-        self.num_batches_tracked.add_(1)
+        # As plain batch norm does: an encoder's file must not show how many lanes each worker served, or in how many
+        # parts.
+        if self.part == self.parts - 1:
+            self.num_batches_tracked.add_(1)
         return out.reshape(rows, channels, height, width)
 
+    def _share(self) -> float:
+        """Of this part's statistics in the running ones: after all parts each has momentum / parts."""
+        momentum = cast(float, self.momentum)
+        return momentum / (self.parts - (self.parts - 1 - self.part) * momentum)
 
-def set_lanes(model: nn.Module, lanes: int) -> None:
-    """Tell every batch norm of ``model`` how many lanes its rows come from."""
+
+def set_lanes(model: nn.Module, lanes: int, part: int = 0, parts: int = 1) -> None:
+    """Tell every batch norm of ``model`` how many lanes its rows come from, and which part of a batch they are."""
     for module in model.modules():
         if isinstance(module, LaneBatchNorm2d):
-            module.lanes = lanes
+            module.lanes, module.part, module.parts = lanes, part, parts
 
 
 class Encoder(nn.Module):

@@ -5,6 +5,7 @@ B rows of a global batch, P projection width, Q keys in the queue.
 
 import copy
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 from spice_ray.core.encoders import Encoder
 from spice_ray.core.order import seeded
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class ProjectedEncoder(nn.Module):
@@ -31,7 +34,7 @@ class ProjectedEncoder(nn.Module):
         return F.normalize(self.projector(pooled).float(), dim=1)
 
 
-def momentum_copy(model: nn.Module) -> nn.Module:
+def momentum_copy(model: Model) -> Model:
     """A copy of ``model`` that is moved by :func:`update_momentum` and not by gradients."""
     copied = copy.deepcopy(model)
     copied.requires_grad_(False)

@@ -166,8 +166,9 @@ def evaluate_trial(pipeline: ImagePipeline) -> dict[str, Any]:
             publish_skipped(job, skip)
         else:
             device = torch.device("cuda" if pipeline.recipe.scale.gpus_per_worker else "cpu")
-            memory = image_budget(pipeline.recipe.scale, device, _num_concurrent(pipeline.recipe.scale))
-            run_joint(job, Host(device, lambda module: module, TrialProgress(), memory))
+            scale = pipeline.recipe.scale
+            memory = image_budget(scale, device, _num_concurrent(scale))
+            run_joint(job, Host(device, lambda module: module, TrialProgress(), memory, scale.accumulate))
     joint = pipeline.joint
     return {"loss": trial_loss(pipeline, joint), "num_reliable": sum(reliable.manifest["kept"]), "note": skip or ""}
 

@@ -63,6 +63,8 @@ class Host:
     progress: Progress
     memory: Budget
     """What the worker may hold of them."""
+    accumulate: int = 1
+    """Parts that it computes a batch in."""
 
 
 def augmentation_of(image: Image) -> Augmentation:
@@ -95,6 +97,7 @@ def run_pretrain(job: PretrainJob, host: Host) -> None:
             device=host.device,
             wrap=host.wrap,
             progress=host.progress,
+            accumulate=host.accumulate,
         )
 
     def write(folder: Path) -> dict[str, Any]:
@@ -129,6 +132,7 @@ def run_joint(job: JointJob, host: Host) -> None:
             device=host.device,
             wrap=host.wrap,
             progress=host.progress,
+            accumulate=host.accumulate,
         )
     if collectives.rank() == 0:
         publish_joint(job, model, skipped=None)

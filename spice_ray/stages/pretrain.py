@@ -9,12 +9,14 @@ from spice_ray.config import Pretrain
 from spice_ray.contracts import Batch, Health, Progress, Wrap
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation
-from spice_ray.core.encoders import Encoder, build_encoder, set_lanes
+from spice_ray.core.encoders import Encoder
 from spice_ray.core.health import measure_health, why_collapsed
 from spice_ray.core.lanes import Lanes
-from spice_ray.core.moco import KeyQueue, ProjectedEncoder, cosine, info_nce, momentum_copy, update_momentum
-from spice_ray.core.order import permutation, stream_key
+from spice_ray.core.moco import cosine
+from spice_ray.core.order import stream_key
 from spice_ray.errors import TrainingError
+from spice_ray.stages.accumulation import Parts, exchange
+from spice_ray.stages.contrast import CONTRASTS, Direction
 from spice_ray.stages.optimizers import build_optimizer, set_lr
 
 
@@ -28,6 +30,7 @@ def pretrain(
     device: torch.device,
     wrap: Wrap,
     progress: Progress,
+    accumulate: int = 1,
 ) -> Encoder:
     """Train an encoder so that two views of an image are told from other images by their projections.
 
@@ -40,6 +43,7 @@ def pretrain(
         device: Where to compute.
         wrap: Makes a module train data-parallel.
         progress: Where to go on from, and whom to tell.
+        accumulate: Parts of whole lanes that each batch is computed in, with the same result; a divisor of the lanes.
 
     Returns:
         The query encoder, equal on all workers.
@@ -47,14 +51,14 @@ def pretrain(
     Raises:
         TrainingError: All images became alike.
     """
-    trainer = _Contrast(settings, lanes.num_lanes, augmentation, seed, device, wrap)
+    trainer = _Trainer(settings, Parts(lanes.num_lanes, accumulate), augmentation, seed, device, wrap)
     start = trainer.restore(progress.restore())
     steps_per_epoch = num_images // settings.batch_size
     total = settings.epochs * steps_per_epoch
     for step in range(start, total):
         share = cosine(step, total, settings.warmup_epochs * steps_per_epoch)
         set_lr(trainer.optimizer, settings.lr * share)
-        loss = trainer.step(step, lanes.batch(step))
+        loss = trainer.step(step, total, lanes.batch(step))
         if (step + 1) % steps_per_epoch == 0:
             _examine((step + 1) // steps_per_epoch, loss, trainer.health(), settings, progress)
         progress.advance(step + 1, total, loss, lambda done=step + 1: trainer.state(done))  # type: ignore[misc]
@@ -74,63 +78,57 @@ def _examine(epoch: int, loss: Tensor, health: Health, settings: Pretrain, progr
         )
 
 
-class _Contrast:
-    """The query model, its momentum copy, the queue and the optimiser of one run of stage 1."""
+class _Trainer:
+    """The models and the optimiser of one run of stage 1."""
 
     def __init__(
-        self, settings: Pretrain, lanes: int, augmentation: Augmentation, seed: int, device: torch.device, wrap: Wrap
+        self, settings: Pretrain, parts: Parts, augmentation: Augmentation, seed: int, device: torch.device, wrap: Wrap
     ) -> None:
-        self.settings, self.lanes, self.augmentation, self.seed = settings, lanes, augmentation, seed
-        encoder = build_encoder(settings.encoder, stream_key(seed, "encoder"))
-        query = ProjectedEncoder(encoder, settings.projection_dim, stream_key(seed, "projector"))
-        set_lanes(query, lanes)
-        self.query = query.to(device)
-        self.momentum_encoder = momentum_copy(self.query)
+        self.settings, self.parts, self.augmentation, self.seed = settings, parts, augmentation, seed
+        self.contrast = CONTRASTS[settings.loss](settings, parts, seed, device)
+        self.query = self.contrast.query
         self.model = wrap(self.query)
         self.optimizer = build_optimizer(settings.optimizer, self.query, settings.lr, settings.weight_decay)
-        self.queue = KeyQueue(settings.queue_size, settings.projection_dim, stream_key(seed, "queue"), device)
         self.last: tuple[Tensor, Tensor]
-        """Queries and keys of the last step, (b * L, P) each."""
+        """Unit rows of the two views of the last step, (b * L, P) each."""
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
-    def step(self, step: int, batch: Batch) -> Tensor:
+    def step(self, step: int, total: int, batch: Batch) -> Tensor:
         """One optimiser step; gives the global batch's mean loss."""
-        first = self.augmentation.contrastive(batch.images, batch.draws, stream_key(self.seed, "pretrain", 0))
-        second = self.augmentation.contrastive(batch.images, batch.draws, stream_key(self.seed, "pretrain", 1))
-        update_momentum(self.momentum_encoder, self.query, self.settings.momentum)
-        directions = [(first, second), (second, first)] if self.settings.symmetric else [(first, second)]
-        losses, keys = list[Tensor](), list[Tensor]()
-        for queries, positives in directions:
-            all_keys = self.encode_keys(step, positives)
-            own_keys = collectives.own_lanes(all_keys, self.lanes)
-            with self.autocast:
-                projected = self.model(queries)
-            losses.append(info_nce(projected, own_keys, self.queue.keys, self.settings.temperature))
-            keys.append(all_keys)
-        self.last = projected.detach(), own_keys
-        loss = torch.stack(losses).mean()
+        first, second = (
+            self.augmentation.contrastive(batch.images, batch.draws, stream_key(self.seed, "pretrain", view))
+            for view in (0, 1)
+        )
+        with self.autocast:
+            directions = self.contrast.directions(step, total, first, second)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        losses = [self.learn(direction, len(directions), last=direction is directions[-1]) for direction in directions]
         self.optimizer.step()
-        for all_keys in keys:
-            self.queue.push(all_keys)
-        return collectives.mean_over_workers(loss.detach())
+        self.contrast.conclude()
+        return collectives.mean_over_workers(torch.stack(losses).mean())
+
+    def learn(self, direction: Direction, num_directions: int, *, last: bool) -> Tensor:
+        """Add the gradient of one direction, part after part; gives its mean loss."""
+        count = self.parts.count
+        views = [self.parts.split(view) for view in direction.views]
+        targets = [None] * count if direction.targets is None else self.parts.split(direction.targets)
+        losses, projected = list[Tensor](), list[list[Tensor]]()
+        for part in self.parts.turns(self.query):
+            with exchange(self.model, self.query, now=last and part == count - 1):
+                with self.autocast:
+                    rows = [self.model(view[part]) for view in views]
+                loss = self.contrast.loss(rows, targets[part])
+                (loss / (count * num_directions)).backward()
+            losses.append(loss.detach())
+            projected.append([row.detach() for row in rows])
+        first, *others = (self.parts.join(list(rows)) for rows in zip(*projected, strict=True))
+        self.last = first, others[0] if direction.targets is None else direction.targets
+        return torch.stack(losses).mean()
 
     def health(self) -> Health:
         """Of the last global batch; the same on all workers."""
-        queries, keys = (collectives.gather_lanes(rows, self.lanes) for rows in self.last)
+        queries, keys = (collectives.gather_lanes(rows, self.parts.lanes) for rows in self.last)
         return Health(*measure_health(queries, keys).tolist())
-
-    @torch.no_grad()
-    def encode_keys(self, step: int, views: Tensor) -> Tensor:
-        """The keys of the global batch, (B, P), each normalised among other rows than its query (shuffled BN)."""
-        gathered = collectives.gather_lanes(views, self.lanes)
-        shuffle = torch.from_numpy(permutation(stream_key(self.seed, "shuffle", step), len(gathered)))
-        shuffle = shuffle.to(views.device, non_blocking=True)
-        with self.autocast:
-            shuffled = self.momentum_encoder(collectives.own_lanes(gathered[shuffle], self.lanes))
-        keys = collectives.gather_lanes(shuffled, self.lanes)
-        return torch.empty_like(keys).index_copy_(0, shuffle, keys)
 
     def state(self, step: int) -> dict[str, Any]:
         """Everything that the steps after ``step`` depend on."""
@@ -138,11 +136,8 @@ class _Contrast:
             "step": step,
             "query": self.query.state_dict(),
             "query_buffers": collectives.stacked_buffers(self.query),
-            "momentum_encoder": self.momentum_encoder.state_dict(),
-            "momentum_buffers": collectives.stacked_buffers(self.momentum_encoder),
             "optimizer": self.optimizer.state_dict(),
-            "queue": self.queue.keys,
-            "queue_position": self.queue.position,
+            **self.contrast.state(),
         }
 
     def restore(self, state: dict[str, Any] | None) -> int:
@@ -151,9 +146,6 @@ class _Contrast:
             return 0
         self.query.load_state_dict(state["query"])
         collectives.restore_buffers(self.query, state["query_buffers"])
-        self.momentum_encoder.load_state_dict(state["momentum_encoder"])
-        collectives.restore_buffers(self.momentum_encoder, state["momentum_buffers"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.queue.keys.copy_(state["queue"])
-        self.queue.position = state["queue_position"]
+        self.contrast.restore(state)
         return cast(int, state["step"])

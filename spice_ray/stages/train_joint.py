@@ -10,10 +10,10 @@ from spice_ray.config import Joint
 from spice_ray.contracts import Batch, Progress, Wrap
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation
-from spice_ray.core.encoders import set_lanes
 from spice_ray.core.joint import JointModel, consistency_loss, seven_sixteenths_cosine, supervised_loss, update_ema
 from spice_ray.core.lanes import Lanes
 from spice_ray.core.order import stream_key
+from spice_ray.stages.accumulation import Parts, exchange
 from spice_ray.stages.optimizers import build_optimizer, set_lr
 
 
@@ -30,6 +30,7 @@ def train_joint(
     device: torch.device,
     wrap: Wrap,
     progress: Progress,
+    accumulate: int = 1,
 ) -> JointModel:
     """Train a classifier on reliable pseudo-labels, and on its own confident predictions of all images.
 
@@ -45,11 +46,12 @@ def train_joint(
         device: Where to compute.
         wrap: Makes a module train data-parallel.
         progress: Where to go on from, and whom to tell.
+        accumulate: Parts of whole lanes that each batch is computed in, with the same result; a divisor of the lanes.
 
     Returns:
         The model with the moving average of the weights, equal on all workers.
     """
-    trainer = _FixMatch(settings, model, labelled.num_lanes, augmentation, seed, device, wrap)
+    trainer = _FixMatch(settings, model, Parts(labelled.num_lanes, accumulate), augmentation, seed, device, wrap)
     labels, weights = labels.to(device), weights.to(device)
     start = trainer.restore(progress.restore())
     for step in range(start, settings.steps):
@@ -69,14 +71,13 @@ class _FixMatch:
         self,
         settings: Joint,
         model: JointModel,
-        lanes: int,
+        parts: Parts,
         augmentation: Augmentation,
         seed: int,
         device: torch.device,
         wrap: Wrap,
     ) -> None:
-        self.settings, self.augmentation = settings, augmentation
-        set_lanes(model, lanes)
+        self.settings, self.parts, self.augmentation = settings, parts, augmentation
         self.bare = model.to(device)
         self.ema = copy.deepcopy(self.bare).requires_grad_(False)
         self.model = wrap(self.bare)
@@ -91,26 +92,44 @@ class _FixMatch:
         labelled = self.augmentation.weak(known.images, known.draws, self.keys["labelled"])
         weak = self.augmentation.weak(unknown.images, unknown.draws, self.keys["weak"])
         strong = self.augmentation.strong(unknown.images, unknown.draws, self.keys["strong"])
-        labelled_logits, weak_logits, strong_logits = self.predict(labelled, weak, strong)
-        loss = supervised_loss(labelled_logits, labels, weights)
-        unlabelled_loss = consistency_loss(weak_logits, strong_logits, self.settings.confidence)
-        loss = loss + self.settings.unlabelled_weight * unlabelled_loss
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = self.learn(labelled, labels, weights, weak, strong)
         self.optimizer.step()
         update_ema(self.ema, self.bare, self.settings.ema)
-        return collectives.mean_over_workers(loss.detach())
+        return collectives.mean_over_workers(loss)
 
-    def predict(self, labelled: Tensor, weak: Tensor, strong: Tensor) -> list[Tensor]:
-        """Logits of the three batches; rows stay interleaved over lanes when batches are laid end to end."""
+    def learn(self, labelled: Tensor, labels: Tensor, weights: Tensor, weak: Tensor, strong: Tensor) -> Tensor:
+        """Add the gradient of this worker's rows, part after part; gives their mean loss."""
+        split, count = self.parts.split, self.parts.count
+        ahead = [None] * count if self.settings.one_pass else self.predict_ahead(split(weak))
+        rows = zip(split(labelled), split(labels), split(weights), split(weak), ahead, split(strong), strict=True)
+        losses = []
+        for part, (known, known_labels, known_weights, weak_view, targets, strong_view) in zip(
+            self.parts.turns(self.bare), rows, strict=True
+        ):
+            with exchange(self.model, self.bare, now=part == count - 1):
+                if targets is None:
+                    logits, targets, strong_logits = self.predict(known, weak_view, strong_view)
+                else:
+                    logits, strong_logits = self.predict(known, strong_view)
+                loss = supervised_loss(logits, known_labels, known_weights)
+                unlabelled_loss = consistency_loss(targets, strong_logits, self.settings.confidence)
+                loss = loss + self.settings.unlabelled_weight * unlabelled_loss
+                (loss / count).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
+
+    def predict(self, *views: Tensor) -> list[Tensor]:
+        """Logits of batches in one pass; rows stay interleaved over lanes when batches are laid end to end."""
         with self.autocast:
-            if self.settings.one_pass:
-                logits = self.model(torch.cat([labelled, weak, strong]))
-                return list(logits.split([len(labelled), len(weak), len(strong)]))
-            with torch.no_grad():
-                weak_logits = self.bare(weak)
-            logits = self.model(torch.cat([labelled, strong]))
-            return [logits[: len(labelled)], weak_logits, logits[len(labelled) :]]
+            logits: Tensor = self.model(torch.cat(views))
+        return list(logits.split([len(view) for view in views]))
+
+    @torch.no_grad()
+    def predict_ahead(self, weak: list[Tensor]) -> list[Tensor]:
+        """Logits of the weak views of each part, in passes of their own."""
+        with self.autocast:
+            return [self.bare(weak[part]) for part in self.parts.turns(self.bare)]
 
     def state(self, step: int) -> dict[str, Any]:
         """Everything that the steps after ``step`` depend on."""

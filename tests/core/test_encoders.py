@@ -172,3 +172,18 @@ def test_weights_depend_on_the_key_alone_and_leave_the_generator_as_it_was():
     second, third = build_encoder("convnet", 7), build_encoder("convnet", 8)
     assert torch.equal(first.trunk[0].weight, second.trunk[0].weight)
     assert not torch.equal(first.trunk[0].weight, third.trunk[0].weight)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_running_statistics_of_a_batch_in_parts_are_those_of_the_whole(parts):
+    x = torch.randn(4 * 6, CHANNELS, 6, 6, generator=torch.Generator().manual_seed(0))  # 4 rows of each of 6 lanes
+    x = x * torch.linspace(0.2, 3, 6).repeat(4).view(-1, 1, 1, 1)
+    whole, in_parts = lane_norm(6), lane_norm(6)
+    for step in range(3):
+        whole(x + step)
+        rows = (x + step).unflatten(0, (4, parts, 6 // parts))
+        for part in range(parts):
+            set_lanes(in_parts, 6 // parts, part, parts)
+            in_parts(rows[:, part].flatten(0, 1))
+    for name, value in in_parts.state_dict().items():
+        torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-5, atol=1e-6)

@@ -96,7 +96,7 @@ def wrap(module):
     return DistributedDataParallel(module, broadcast_buffers=False)
 
 
-def train(joint: Joint, family: str, recorder: Recorder) -> JointModel:
+def train(joint: Joint, family: str, recorder: Recorder, accumulate: int = 1) -> JointModel:
     labelled, unlabelled = streams(joint.lanes)
     return train_joint(
         joint,
@@ -110,12 +110,13 @@ def train(joint: Joint, family: str, recorder: Recorder) -> JointModel:
         device=CPU,
         wrap=wrap,
         progress=recorder,
+        accumulate=accumulate,
     )
 
 
-def train_case(case: str, recorder: Recorder) -> dict[str, Any]:
+def train_case(case: str, recorder: Recorder, accumulate: int = 1) -> dict[str, Any]:
     family, one_pass = CASES[case]
-    model = train(settings(one_pass=one_pass), family, recorder)
+    model = train(settings(one_pass=one_pass), family, recorder, accumulate)
     return {"losses": recorder.losses, "model": model.state_dict()}
 
 
@@ -139,6 +140,7 @@ def work(rank: int, folder: Path) -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/two", rank=rank, world_size=2)
         results = {case: train_case(case, Recorder()) for case in CASES}
         results |= {f"{case} resumed": train_interrupted(case, folder / f"{case}.pt") for case in CASES}
+        results |= {f"{case} in parts": train_case(case, Recorder(), accumulate=2) for case in CASES}
         torch.save(results, folder / f"2-{rank}.pt")
         dist.destroy_process_group()
 
@@ -167,14 +169,28 @@ def assert_close(state: dict[str, Tensor], other: dict[str, Tensor], tolerance: 
         torch.testing.assert_close(value, other[name], rtol=tolerance, atol=tolerance)
 
 
+def assert_same_training(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert len(found["losses"]) == STEPS
+    assert found["losses"][:FIRST] == pytest.approx(expected["losses"][:FIRST], rel=AT_FIRST)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=IN_THE_END)
+    assert_close(found["model"], expected["model"])
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("workers", [2, 4])
 def test_any_number_of_workers_gives_the_losses_and_the_model_of_one(results, case, workers):
-    alone, together = results[1][0][case], results[workers][0][case]
-    assert len(together["losses"]) == STEPS
-    assert together["losses"][:FIRST] == pytest.approx(alone["losses"][:FIRST], rel=AT_FIRST)
-    assert together["losses"] == pytest.approx(alone["losses"], rel=IN_THE_END)
-    assert_close(together["model"], alone["model"])
+    assert_same_training(results[workers][0][case], results[1][0][case])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_batches_in_parts_give_the_losses_and_the_model_of_whole_ones(results, case, parts):
+    assert_same_training(train_case(case, Recorder(), accumulate=parts), results[1][0][case])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_workers_with_batches_in_parts_give_the_losses_and_the_model_of_one(results, case):
+    assert_same_training(results[2][0][f"{case} in parts"], results[1][0][case])
 
 
 @pytest.mark.parametrize("case", CASES)
