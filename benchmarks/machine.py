@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "torchvision", "ray", "pyarrow", "numpy", "pillow", "kornia", "kornia-rs")
+_PACKAGES = ("torch", "torchvision", "ray", "pyarrow", "numpy", "pillow", "kornia", "kornia-rs", "lightly")
 
 
 def surroundings() -> dict[str, Any]:
