@@ -1,8 +1,9 @@
 """Stage 1 beside lightly's MoCo, under Ray Train beside plain torch.distributed, and the memory of a worker.
 
-    python benchmarks/pretrain.py lightly --encoder resnet18_small --batch 128 --steps 2 --rounds 3
+    python benchmarks/pretrain.py lightly --encoder resnet18_small --batch 128 --steps 1 --rounds 5
     python benchmarks/pretrain.py lightly --encoder convnet --batch 256 --steps 20 --rounds 7
-    python benchmarks/pretrain.py ray --encoder resnet18_small --batch 16 --steps 40 --rounds 4
+    python benchmarks/pretrain.py ray --encoder resnet18_small --batch 16 --steps 30 --rounds 4
+    python benchmarks/pretrain.py ray --encoder convnet --batch 256 --steps 100 --rounds 5
     python benchmarks/pretrain.py memory
 
 ``lightly`` trains on the same images in memory, with the same encoder, batch and threads. Each side is the project's
@@ -165,7 +166,7 @@ def parse() -> argparse.Namespace:
     beside.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="of lightly's DataLoader, to try")
     beside.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     hosted = commands.add_parser("ray")
-    for command, batch, steps, rounds in ((beside, 128, 2, 3), (hosted, 16, 40, 4)):
+    for command, batch, steps, rounds in ((beside, 128, 1, 5), (hosted, 16, 30, 4)):
         command.add_argument("--encoder", choices=sorted(RECIPES), default="resnet18_small")
         command.add_argument("--batch", type=int, default=batch)
         command.add_argument("--steps", type=int, default=steps, help="in a turn")
