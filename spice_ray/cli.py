@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from spice_ray import workflow
-from spice_ray.console import ConsoleReporter, scores_table, seconds_table, trials_table
+from spice_ray.console import ConsoleReporter, probe_table, scores_table, seconds_table, trials_table
 from spice_ray.errors import DataError, SpiceError
 from spice_ray.recipe import load_recipe, load_sweep, recipe_names
 
@@ -103,17 +103,21 @@ def ingest(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also k-NN and a linear classifier, which learn from the labels.")
+    ] = False,
 ) -> None:
     """Score a run against the labels of its data, beside k-means."""
     from rich.console import Console
 
     from spice_ray.evaluate import evaluate as score
 
-    result = score(run)
+    result = score(run, probe=probe)
     if as_json:
         typer.echo(json.dumps(result))
     else:
-        Console().print(scores_table(result), seconds_table(result["seconds"]))
+        probes = [probe_table(result["probe"])] if probe else []
+        Console().print(scores_table(result), *probes, seconds_table(result["seconds"]))
 
 
 @app.command()

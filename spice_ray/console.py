@@ -115,6 +115,18 @@ def scores_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def probe_table(rows: list[dict[str, Any]]) -> Table:
+    """The classifiers that were shown labels, with their accuracy, which is not to be compared with ACC."""
+    table = Table(title=f"classifiers that learn from labels (k-NN: k = {rows[0]['k']})")
+    for name in ("method", "accuracy", "protocol", "learns from", "scored on"):
+        table.add_column(name, justify="left" if name in ("method", "protocol") else "right")
+    for row in rows:
+        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
+        protocol = row["protocol"].replace("_", " ")
+        table.add_row(row["method"], accuracy, protocol, str(row["n_train"]), str(row["n_test"]))
+    return table
+
+
 def seconds_table(seconds: dict[str, float]) -> Table:
     """The stages with the time they took."""
     table = Table()

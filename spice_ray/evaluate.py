@@ -29,7 +29,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 
-def evaluate(run: Path) -> dict[str, Any]:
+def evaluate(run: Path, *, probe: bool = False) -> dict[str, Any]:
     """Score a finished run against the labels of its data, beside k-means, and write ``run/scores.json``.
 
     Protocol ``whole`` scores all labelled images, ``split`` those of the test split. k-means is fitted on the scored
@@ -38,11 +38,13 @@ def evaluate(run: Path) -> dict[str, Any]:
 
     Args:
         run: Folder of a finished run, or of the winner of a sweep.
+        probe: Also let classifiers learn from the labels, to see what the encoder knows of the classes.
 
     Returns:
         What is in ``scores.json``: the scores of the result (``acc``, ``nmi``, ``nmi_geometric``, ``ari``,
         ``many_to_one``, ``n``, ``k``), ``protocol``, ``rows`` (one per method), ``reliable`` (``count``, ``share``,
-        ``acc``), ``seconds`` per stage and ``artifacts``.
+        ``acc``), ``seconds`` per stage and ``artifacts``; with ``probe``, and only then, also ``probe``: one row per
+        classifier, as :func:`spice_ray.probe.knn_row` gives them.
 
     Raises:
         DataError: The data had no labels, or none for an image that counts.
@@ -69,6 +71,8 @@ def evaluate(run: Path) -> dict[str, Any]:
         "seconds": read_json(run / "timing.json"),
         "artifacts": record["artifacts"],
     }
+    if probe:
+        result["probe"] = _probe(run, record, images)
     write_json(run / "scores.json", result)
     return result
 
@@ -115,9 +119,37 @@ def _row(method: str, labels_true: Ints, labels_pred: Ints | None) -> dict[str, 
 
 def _baseline(read: Callable[[], Floats], n: int, width: int, recipe: dict[str, Any]) -> Ints | None:
     """The clusters of k-means on what ``read`` gives, (n, width); None where that is too large or n is below K."""
-    if 4 * n * width > _LARGEST_FEATURES or n < recipe["num_clusters"]:
+    if not _fits(n, width) or n < recipe["num_clusters"]:
         return None
     return kmeans_labels(read(), recipe["num_clusters"], recipe["seed"])
+
+
+def _fits(n: int, width: int) -> bool:
+    return 4 * n * width <= _LARGEST_FEATURES
+
+
+def _probe(run: Path, record: dict[str, Any], images: _Images) -> list[dict[str, Any]]:
+    """The table of classifiers on all labelled images, whatever the protocol."""
+    from sklearn.preprocessing import normalize
+
+    from spice_ray.probe import Labelled, Read, knn_row, linear_row
+
+    shards, store, num_images = _open(run, record, SHARDS), _open(run, record, EMBEDDING), len(images.clusters)
+    ids = np.flatnonzero(_labelled(images))
+    labelled = Labelled(ids, images.labels_true[ids], images.split[ids] == "test")
+
+    def stored(name: str) -> Read | None:
+        rows = _load(store, name, num_images)
+        return (lambda ids: rows[ids]) if _fits(len(ids), rows.shape[1]) else None
+
+    found = []
+    if "image" in record["recipe"]:
+        fits = _fits(len(ids), _num_pixels(shards))
+        pixels = (lambda ids: normalize(_read_pixels(shards, ids), copy=False)) if fits else None
+        found.append(knn_row("k-NN on pixels", labelled, pixels))
+    found.append(knn_row("k-NN on the embedding", labelled, stored("embedding.npy")))
+    # What the heads see. The length of a row, which the embedding lacks, is theirs to use.
+    return [*found, linear_row("linear probe", labelled, stored("plain.npy"))]
 
 
 def _score_reliable(images: _Images, protocol: str) -> dict[str, Any]:

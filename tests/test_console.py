@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spice_ray.console import ConsoleReporter, scores_table, seconds_table, trials_table
+from spice_ray.console import ConsoleReporter, probe_table, scores_table, seconds_table, trials_table
 from spice_ray.runtime.progress import Done
 
 
@@ -112,6 +112,19 @@ def test_scores_show_three_places_and_a_dash_where_there_is_none() -> None:
     assert "40 images, 2 clusters" in text
     assert re.search(r"k-means on pixels │ +- │ +- │ +- ", text)
     assert re.search(r"SPICE +│ 0\.988 │ 0\.500 │ 1\.000", text)
+
+
+def test_probes_show_what_they_learned_from_and_a_dash_where_there_is_no_accuracy() -> None:
+    leave_one_out = {"protocol": "leave_one_out", "n_train": 39, "n_test": 40, "k": 39}
+    hold_out = {"protocol": "hold_out", "n_train": 32, "n_test": 8, "k": None}
+    rows = [
+        {"method": "k-NN on pixels", "accuracy": None, **leave_one_out},
+        {"method": "linear probe", "accuracy": 0.98765, **hold_out},
+    ]
+    text = printed(probe_table(rows))
+    assert "k = 39" in text
+    assert re.search(r"k-NN on pixels │ +- │ leave one out │ +39 │ +40 ", text)
+    assert re.search(r"linear probe +│ +0\.988 │ hold out +│ +32 │ +8 ", text)
 
 
 def test_seconds_show_one_place_per_stage() -> None:
