@@ -1,14 +1,13 @@
 """Classifiers that are shown the labels of a finished run."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from spice_ray import cli
 from spice_ray.errors import DataError, StorageError
 from spice_ray.evaluate import evaluate
 from spice_ray.probe import Labelled, knn_row
@@ -56,10 +55,10 @@ def test_at_most_200_neighbours_vote() -> None:
 def test_each_classifier_reads_its_own_features(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     store = run / "artifacts" / "embedding-c"
-    np.save(store / "embedding.npy", np.tile(np.array([[1, 0]], np.float32), (NUM_IMAGES, 1)))
+    np.save(store / "embedding.npy", np.eye(2, dtype=np.float32)[np.arange(NUM_IMAGES) // 2 % 2])
     rows = probe(run)
     assert (rows[0]["accuracy"], rows[2]["accuracy"]) == (1.0, 1.0)
-    # All are equally near, so the 20 others of the wrong class outvote the 19 of the right one.
+    # At each of two places ten of the wrong class outvote the nine others of the right one.
     assert rows[1]["accuracy"] == 0.0
     np.save(store / "plain.npy", np.ones((NUM_IMAGES, 2), np.float32))
     assert probe(run)[2]["accuracy"] == 0.5
@@ -145,12 +144,10 @@ def test_features_that_are_missing_or_truncated_are_a_storage_error(tmp_path: Pa
     assert not (run / "scores.json").exists()
 
 
-def test_on_the_command_line_the_probe_is_a_second_table(tmp_path: Path) -> None:
-    called = [sys.executable, "-m", "spice_ray", "evaluate", str(make_run(tmp_path)), "--probe"]
-    done = subprocess.run(called, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "1.000" in line]
-    assert rows[-3:] == [
+def test_the_command_prints_the_probe_as_a_second_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.evaluate(make_run(tmp_path), probe=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "1.000" in line]
+    assert [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines[-3:]] == [
         ["k-NN on pixels", "1.000", "leave one out", "39", "40"],
         ["k-NN on the embedding", "1.000", "leave one out", "39", "40"],
         ["linear probe", "1.000", "hold out", "32", "8"],

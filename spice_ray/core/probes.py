@@ -34,7 +34,7 @@ def knn_labels(
         labels: Their classes, (n,).
         queries: Unit rows of the images to be classified, (m, D), m >= 1.
         k: Rows that vote, in 1..n.
-        at_once: Cosines that are held at a time, at least those of one query; about 15 bytes of memory for each.
+        at_once: Cosines that are held at a time, but never less than those of one query.
 
     Returns:
         A class for each query, (m,).
@@ -116,18 +116,35 @@ def _similarities_to_others(features: Floats, at_once: int) -> Iterator[Tensor]:
 def _winners(blocks: Iterator[Tensor], labels: Ints, k: int) -> Ints:
     classes = np.unique(labels)
     positions = torch.from_numpy(np.searchsorted(classes, labels))
-    return classes[np.concatenate([_vote(block, positions, len(classes), k) for block in blocks])]
+    winners = torch.cat([_vote(block, positions, len(classes), k) for block in blocks])
+    found: Ints = classes[winners.numpy()]
+    return found
 
 
-def _vote(similarities: Tensor, positions: Tensor, num_classes: int, k: int) -> Ints:
+def _vote(similarities: Tensor, positions: Tensor, num_classes: int, k: int) -> Tensor:
     """The place of each query's winner among the classes, (b,)."""
-    kth = similarities.topk(k).values[:, -1:]
+    nearest, rows = _nearest(similarities, k)
+    votes = torch.zeros(len(rows), num_classes)
+    # Votes are added by falling weight, so that equal votes have equal sums.
+    votes.scatter_add_(1, positions[rows], (nearest / _TEMPERATURE).exp())
+    return votes.argmax(1)
+
+
+def _nearest(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k greatest cosines of each query, falling, and the numbers of their rows, both (b, k)."""
+    values, rows = similarities.topk(min(k + 1, similarities.shape[1]))
+    is_tied = values[:, k - 1] == values[:, -1]
+    values, rows = values[:, :k], rows[:, :k]
+    # Of more rows than there is room for topk takes any.
+    if is_tied.any():
+        values[is_tied], rows[is_tied] = _first_nearest(similarities[is_tied], values[is_tied, -1:], k)
+    return values, rows
+
+
+def _first_nearest(similarities: Tensor, kth: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same, given the k-th greatest cosines, (b, 1): of the rows that equal it the first."""
     nearer, tied = similarities > kth, similarities == kth
     is_first = tied.cumsum(1, dtype=torch.int32) <= k - nearer.sum(1, keepdim=True)
-    voters = (nearer | (tied & is_first)).nonzero()[:, 1].view(-1, k)
-    # In one order for all classes, so that equal votes add up to equal sums.
-    nearest, order = similarities.gather(1, voters).sort(1, descending=True)
-    votes = torch.zeros(len(voters), num_classes)
-    votes.scatter_add_(1, positions[voters.gather(1, order)], (nearest / _TEMPERATURE).exp())
-    winners: Ints = votes.argmax(1).numpy()
-    return winners
+    rows = (nearer | (tied & is_first)).nonzero()[:, 1].view(-1, k)
+    values, order = similarities.gather(1, rows).sort(1, descending=True)
+    return values, rows.gather(1, order)
