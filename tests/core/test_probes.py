@@ -118,8 +118,11 @@ def test_a_linear_classifier_that_was_shown_one_class_knows_no_other() -> None:
 
 
 def test_a_linear_classifier_that_stops_early_does_not_warn() -> None:
+    # Random walks whose class is in their steps take more than 100 iterations.
     rng = np.random.default_rng(0)
-    rows, labels = rng.standard_cauchy(size=(300, 40)).astype(np.float32), rng.integers(0, 5, 300)
+    steps = rng.normal(size=(400, 60))
+    labels = np.digitize(steps @ rng.normal(size=60), [-3, 3])
+    walks = steps.cumsum(axis=1).astype(np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        linear_labels(rows, labels, rows)
+        linear_labels(walks, labels, walks)
