@@ -4,8 +4,10 @@ Every field of the science takes part in the fingerprints of the artifacts it sh
 How a recipe is read from YAML and overridden is in ``recipe.py``.
 """
 
+import difflib
 import math
-from typing import Annotated, Any, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -26,6 +28,7 @@ EncoderName = Literal[
     "wrn28_8",
     "wrn37_2",
 ]
+_LIBRARY_MODEL = re.compile(r"(torchvision|timm)/[\w.-]+")
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -64,11 +67,17 @@ _NEEDED_BY_LOSS = {
 
 
 class Pretrain(Settings):
-    """Stage 1, contrastive learning (paper III-A, eq. 1)."""
+    """Stage 1, contrastive learning (paper III-A, eq. 1); skipped where ``weights`` are given."""
 
     lanes: PositiveInt = 8
     """G: the batch-norm groups a global batch is made of; a worker serves whole lanes."""
-    encoder: EncoderName = "resnet18_small"
+    encoder: str = "resnet18_small"
+    """A shipped encoder; for given ``weights`` also torchvision/NAME or timm/NAME."""
+    weights: Annotated[str, Field(min_length=1)] | None = None
+    """A local file of the encoder's weights (safetensors, or torch's), or the folder of another run's encoder; the
+    encoder is frozen until stage 3, and of the other settings here none counts."""
+    weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """What the file of ``weights`` must hold; a run notes it here."""
     epochs: PositiveInt
     batch_size: PositiveInt
     """B: rows of a global batch, over all workers."""
@@ -89,21 +98,53 @@ class Pretrain(Settings):
     warmup_epochs: NonNegativeFloat = 0
     precision: Precision = "fp32"
 
+    @field_validator("encoder")
+    @classmethod
+    def _check_encoder(cls, name: str) -> str:
+        shipped = get_args(EncoderName)
+        if name not in shipped and not _LIBRARY_MODEL.fullmatch(name):
+            close = difflib.get_close_matches(name, shipped, n=1, cutoff=0.5)
+            advice = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(shipped)}"
+            raise ValueError(
+                f"unknown pretrain.encoder={name!r}; {advice} (and torchvision/NAME or timm/NAME with pretrain.weights)"
+            )
+        return name
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.weights is not None:
+            return self
+        if self.is_library_model:
+            raise ValueError(
+                f"pretrain.encoder={self.encoder} needs pretrain.weights, a local file of its weights: stage 1 trains "
+                "the shipped encoders alone"
+            )
+        if self.weights_sha256 is not None:
+            raise ValueError("pretrain.weights_sha256 is of no use without pretrain.weights; give both or neither")
+        self._check_batches()
+        self._check_loss()
+        return self
+
+    @property
+    def is_library_model(self) -> bool:
+        """Whether the encoder is one of torchvision or timm."""
+        return "/" in self.encoder
+
+    def _check_batches(self) -> None:
         _divides("pretrain.lanes", self.lanes, "pretrain.batch_size", self.batch_size)
         if self.batch_size // self.lanes < 2:
             raise ValueError(
                 f"pretrain.batch_size={self.batch_size} leaves fewer than 2 rows to each of "
                 f"pretrain.lanes={self.lanes} batch-norm groups; raise the batch size or lower the lanes"
             )
+
+    def _check_loss(self) -> None:
         for name in _NEEDED_BY_LOSS[self.loss]:
             if getattr(self, name) is None:
                 raise ValueError(f"pretrain.loss={self.loss} needs pretrain.{name}, which is not given")
         if self.loss == "moco" and self.queue_size is not None:
             twice = " twice" if self.symmetric else ""
             _divides(f"pretrain.batch_size{twice}", self.keys_per_step, "pretrain.queue_size", self.queue_size)
-        return self
 
     @property
     def keys_per_step(self) -> int:
@@ -228,8 +269,11 @@ class ImageRecipe(Recipe):
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:
-        most = math.gcd(self.pretrain.lanes, self.joint.lanes)
-        for stage, lanes in (("pretrain", self.pretrain.lanes), ("joint", self.joint.lanes)):
+        lanes_of = {"joint": self.joint.lanes}
+        if self.pretrain.weights is None:
+            lanes_of = {"pretrain": self.pretrain.lanes, **lanes_of}
+        most = math.gcd(*lanes_of.values())
+        for stage, lanes in lanes_of.items():
             if lanes % self.scale.workers:
                 raise ValueError(
                     f"scale.workers={self.scale.workers} does not divide {stage}.lanes={lanes}, and a worker serves "
@@ -241,10 +285,19 @@ class ImageRecipe(Recipe):
                     f"that each worker has of {stage}.lanes={lanes}, and a part is whole lanes; use "
                     f"scale.accumulate={most // self.scale.workers} or a divisor of it"
                 )
-        if self.scale.accumulate > 1 and self.pretrain.loss == "simclr":
+        if self.scale.accumulate > 1 and self.pretrain.loss == "simclr" and self.pretrain.weights is None:
             raise ValueError(
                 f"scale.accumulate={self.scale.accumulate} is not for pretrain.loss=simclr, where every row of a batch "
                 "meets every other; use scale.accumulate=1, or pretrain.loss=moco"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_joint_encoder(self) -> Self:
+        if self.pretrain.is_library_model and self.joint.init == "scratch" and self.joint.encoder is None:
+            raise ValueError(
+                f"joint.init=scratch needs joint.encoder, such as resnet18, where pretrain.encoder="
+                f"{self.pretrain.encoder} is used with its weights alone"
             )
         return self
 
@@ -313,24 +366,27 @@ def _check_num_clusters(recipe: Recipe, num_train: int) -> None:
 
 
 def _check_batches(recipe: ImageRecipe, num_images: int, num_train: int) -> None:
-    if recipe.pretrain.batch_size > num_images:
-        raise ConfigError(
-            f"pretrain.batch_size={recipe.pretrain.batch_size} is more than the {num_images} images there are; lower "
-            "pretrain.batch_size and pretrain.queue_size, or add images"
-        )
+    if recipe.pretrain.weights is None:
+        _check_queue(recipe.pretrain, num_images)
     batch = recipe.joint.labelled_batch * recipe.joint.unlabelled_ratio
     if batch > num_train:
         raise ConfigError(
             f"joint.labelled_batch times joint.unlabelled_ratio={batch} is more than the {num_train} images there are; "
             "lower one of them, or add images"
         )
-    queue_size = recipe.pretrain.queue_size or 0
-    if recipe.pretrain.loss == "moco" and queue_size > num_images // 4:
-        keys = recipe.pretrain.keys_per_step
-        largest = num_images // 4 // keys * keys
+
+
+def _check_queue(pretrain: Pretrain, num_images: int) -> None:
+    if pretrain.batch_size > num_images:
+        raise ConfigError(
+            f"pretrain.batch_size={pretrain.batch_size} is more than the {num_images} images there are; lower "
+            "pretrain.batch_size and pretrain.queue_size, or add images"
+        )
+    if pretrain.loss == "moco" and (pretrain.queue_size or 0) > num_images // 4:
+        largest = num_images // 4 // pretrain.keys_per_step * pretrain.keys_per_step
         advice = f"use {largest}" if largest else "lower pretrain.batch_size and pretrain.queue_size"
         raise ConfigError(
-            f"pretrain.queue_size={queue_size} is more than a quarter of the {num_images} images, "
+            f"pretrain.queue_size={pretrain.queue_size} is more than a quarter of the {num_images} images, "
             f"so keys would meet their own image among the negatives; {advice}"
         )
 

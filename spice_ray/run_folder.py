@@ -100,7 +100,7 @@ def claim(path: Path, recipe: Recipe, source: dict[str, str]) -> RunFolder:
     """
     check_held(path, recipe, source)
     with reporting_disk_errors(path):
-        if not (path / _RECORD).is_file():
+        if not holds_run(path):
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / _RECORD, {"recipe": science(recipe), "source": source})
         lock(path)
@@ -117,7 +117,7 @@ def check_held(path: Path, recipe: Recipe, source: dict[str, str]) -> None:
     """
     check_folder(path)
     with reporting_disk_errors(path):
-        if (path / _RECORD).is_file():
+        if holds_run(path):
             _check_same(path, read_record(path), {"recipe": science(recipe), "source": source})
         else:
             _check_empty(path)
@@ -150,6 +150,11 @@ def check_folder(path: Path) -> None:
         raise StorageError(f"{path} is a URL, which is not supported yet; choose a local or mounted folder")
     if os.path.lexists(path) and not os.path.isdir(path):
         raise StorageError(f"{path} is a file; choose a folder to write to")
+
+
+def holds_run(path: Path) -> bool:
+    """Whether the folder ``path`` is there and has a run.json."""
+    return (path / _RECORD).is_file()
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -198,6 +203,8 @@ def _check_same(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> Non
             "they changed since; choose another --out"
         )
     before, now = _flat(held["recipe"]), _flat(wanted["recipe"])
+    # Where weights lie is not what they are: their digest is compared.
+    before, now = ({**flat, "pretrain.weights": None} for flat in (before, now))
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if differing:
         key, *others = differing

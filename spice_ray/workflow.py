@@ -51,6 +51,7 @@ def prepare(
     """
     check_local_cpus(recipe.scale)
     check_folder(out)
+    recipe = _with_weights(recipe, out)
     if trials is not None:
         check_trials(recipe, trials)
     # Workers have working directories of their own.
@@ -74,6 +75,17 @@ def prepare(
     if num_candidates is not None:
         check_count(recipe, num_candidates, num_candidates)
     return Prepared(claim(out, recipe, identity), recipe, source, None)
+
+
+def _with_weights(recipe: Recipe, out: Path) -> Recipe:
+    """The recipe with the digest of given weights, after a look at them."""
+    if not isinstance(recipe, ImageRecipe) or recipe.pretrain.weights is None:
+        return recipe
+    from spice_ray.runtime.frozen import check_given, pin_weights  # they need torch
+
+    pinned = pin_weights(recipe, out)
+    check_given(pinned, out / "artifacts")
+    return pinned
 
 
 def open_source(data: str, labels_from_folders: bool = False) -> "Source":

@@ -91,6 +91,16 @@ def test_the_last_value_of_a_range_is_accepted(setting: str, value: Any) -> None
         ({"pretrain__batch_size": 4, "pretrain__queue_size": 4}, "leaves fewer than 2 rows"),
         ({"heads__round_size": 2}, "heads.round_size=2 is smaller than num_clusters=3"),
         ({"joint__encoder": "wrn28_2"}, "joint.encoder=wrn28_2 needs joint.init=scratch"),
+        ({"pretrain__encoder": "timm/vit_tiny"}, "pretrain.encoder=timm/vit_tiny needs pretrain.weights, a local file"),
+        ({"pretrain__encoder": "timm/vit_tiny", "pretrain__weights": "a.pth", "joint__init": "scratch"},
+         "joint.init=scratch needs joint.encoder, such as resnet18, where pretrain.encoder=timm/vit_tiny"),
+        ({"pretrain__encoder": "resnet18_smal"}, "unknown pretrain.encoder='resnet18_smal'; did you mean "
+                                                 "'resnet18_small'? (and torchvision/NAME or timm/NAME"),
+        ({"pretrain__encoder": "timm/hf-hub:timm/resnet18", "pretrain__weights": "a.pth"}, "unknown pretrain.encoder="),
+        ({"pretrain__encoder": "keras/resnet50", "pretrain__weights": "a.pth"}, "unknown pretrain.encoder="),
+        ({"pretrain__weights_sha256": "0" * 64}, "pretrain.weights_sha256 is of no use without pretrain.weights"),
+        ({"pretrain__weights_sha256": "0" * 63, "pretrain__weights": "a.pth"}, "pretrain.weights_sha256='000"),
+        ({"pretrain__weights": ""}, "pretrain.weights='' cannot be used"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_each_other_are_refused_with_both_numbers(
@@ -102,6 +112,15 @@ def test_settings_that_do_not_fit_each_other_are_refused_with_both_numbers(
 def test_another_encoder_for_stage_3_is_accepted_from_scratch() -> None:
     recipe = check_recipe(changed(joint__encoder="wrn28_2", joint__init="scratch"))
     assert recipe.joint.encoder == "wrn28_2"
+
+
+@pytest.mark.parametrize("name", ["convnet", "torchvision/vit_b_16", "timm/vit_small_patch14_dinov2.lvd142m"])
+def test_where_weights_are_given_nothing_of_stage_1_is_held_against_the_images(name: str) -> None:
+    unused = {"pretrain__lanes": 3, "pretrain__batch_size": 1000, "pretrain__queue_size": 1500}
+    recipe = check_recipe(changed(pretrain__encoder=name, pretrain__weights="a.pth", scale__workers=4, **unused))
+    check_count(recipe, num_images=56, num_train=56)
+    with pytest.raises(ConfigError, match="=56 is more than the 55"):
+        check_count(recipe, num_images=55, num_train=55)
 
 
 @pytest.mark.parametrize(

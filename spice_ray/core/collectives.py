@@ -92,7 +92,10 @@ def first_worker_decides(decision: bool, device: torch.device) -> bool:
 
 def stacked_buffers(module: nn.Module) -> Tensor:
     """Every worker's batch-norm statistics, float32, (W, n): what a checkpoint keeps so that each gets its own back."""
-    own = torch.cat([buffer.flatten() for buffer in _statistics(module)])
+    buffers = _statistics(module)
+    if not buffers:  # of a vision transformer
+        return torch.empty(world_size(), 0)
+    own = torch.cat([buffer.flatten() for buffer in buffers])
     return torch.stack(_all_gather(own)) if world_size() > 1 else own[None].clone()
 
 

@@ -56,7 +56,8 @@ def consistency_loss(weak_logits: Tensor, strong_logits: Tensor, confidence: flo
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """Average the weights; copy batch-norm statistics, which are averages already."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    torch._foreach_copy_(list(ema.buffers()), list(model.buffers()))
+    if buffers := list(ema.buffers()):  # a vision transformer has none
+        torch._foreach_copy_(buffers, list(model.buffers()))
 
 
 def seven_sixteenths_cosine(step: int, total: int) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 from spice_ray.config import ImageRecipe, check_count
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, ENCODER, JOINT
 from spice_ray.runtime.data import Shards, check_lanes, open_shards
+from spice_ray.runtime.frozen import check_trainable, given_settings, publish_given
 from spice_ray.runtime.inference import publish_assignments, publish_embedding
 from spice_ray.runtime.pipeline import Pipeline, Show, settings_of
 from spice_ray.runtime.progress import Done, watched
@@ -32,7 +33,8 @@ class ImagePipeline(Pipeline):
         """
         super().__post_init__()
         check_count(self.recipe, self.pretrain_shards.num_counted, self.train_shards.num_counted)
-        check_lanes(self.pretrain_shards, self.recipe.pretrain.lanes, "pretrain.lanes")
+        if self.recipe.pretrain.weights is None:
+            check_lanes(self.pretrain_shards, self.recipe.pretrain.lanes, "pretrain.lanes")
         check_lanes(self.train_shards, self.recipe.joint.lanes, "joint.lanes")
 
     @cached_property
@@ -42,9 +44,19 @@ class ImagePipeline(Pipeline):
 
     @cached_property
     def encoder(self) -> Artifact:
-        """Stage 1."""
+        """Stage 1, or the weights that are given in its place."""
+        return self._trained_encoder() if self.recipe.pretrain.weights is None else self._given_encoder()
+
+    def _given_encoder(self) -> Artifact:
+        def make(print_: str, progress: Path, show: Show) -> None:
+            publish_given(self._root, print_, self.recipe)
+
+        return self._artifact(ENCODER, "stage 1: given weights", "files", given_settings(self.recipe), [], make)
+
+    def _trained_encoder(self) -> Artifact:
         recipe = self.recipe
-        settings = {"pretrain": settings_of(recipe.pretrain), "image": settings_of(recipe.image), **self._common()}
+        pretrain = {key: value for key, value in settings_of(recipe.pretrain).items() if not key.startswith("weights")}
+        settings = {"pretrain": pretrain, "image": settings_of(recipe.image), **self._common()}
         if self.damaged:
             settings["damaged"] = sorted(self.damaged)
 
@@ -60,6 +72,11 @@ class ImagePipeline(Pipeline):
         recipe = self.recipe
         encoder = self.encoder
         settings = {"views": recipe.heads.views, "image": settings_of(recipe.image), "seed": recipe.seed}
+        parents = [encoder]
+        # A trained encoder is named by its images, a given one is not.
+        if recipe.pretrain.weights is not None:
+            parents.append(self.shards_artifact)
+            settings["damaged"] = sorted(self.damaged)
 
         def make(print_: str, progress: Path, show: Show) -> None:
             publish_embedding(
@@ -72,7 +89,7 @@ class ImagePipeline(Pipeline):
                 lambda done, total: show(Done(done, total, None)),
             )
 
-        return self._artifact(EMBEDDING, "frozen embedding", "images", settings, [encoder], make)
+        return self._artifact(EMBEDDING, "frozen embedding", "images", settings, parents, make)
 
     @cached_property
     def joint(self) -> Artifact:
@@ -94,8 +111,13 @@ class ImagePipeline(Pipeline):
         self.reporter.note(f"stages 1 and 2: {self.heads.path.name}")
 
     def joint_job(self, print_: str) -> JointJob:
-        """What a worker of stage 3 is given."""
+        """What a worker of stage 3 is given.
+
+        Raises:
+            ConfigError: It cannot train the encoder that was given.
+        """
         recipe = self.recipe
+        check_trainable(recipe, self.encoder.manifest)
         return JointJob(
             recipe.joint,
             recipe.image,

@@ -162,6 +162,11 @@ def publish_joint(job: JointJob, model: JointModel, skipped: str | None) -> Arti
     def write(folder: Path) -> dict[str, Any]:
         save_weights(model, folder / "joint.safetensors")
         arch = joint_arch(job) if skipped is None else job.encoder.manifest["arch"]
-        return {"arch": arch, "num_clusters": job.num_clusters, "skipped": skipped}
+        return {
+            "arch": arch,
+            "image_size": job.image.size,
+            "num_clusters": job.num_clusters,
+            "skipped": skipped,
+        }
 
     return publish(job.root, JOINT, job.fingerprint, write)
