@@ -11,8 +11,6 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from spice_ray.errors import ConfigError
-
 Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["sgd", "adamw"]
 Views = Literal["natural", "digits", "none"]
@@ -327,68 +325,6 @@ def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
         lower, upper = value - value % divisor, value + divisor - value % divisor
         near = f"{upper}" if lower == 0 else f"{lower} or {upper}"
         raise ValueError(f"{divisor_name}={divisor} does not divide {name}={value}; use {name}={near}")
-
-
-def num_neighbors(reliable: Reliable, num_images: int, num_clusters: int) -> int:
-    """Ns: the recipe's, or N / (6 K) clamped to [10, 100]; never more than there are other images."""
-    wanted = reliable.neighbors or min(100, max(10, round(num_images / (6 * num_clusters))))
-    return min(wanted, num_images - 1)
-
-
-def check_count(recipe: Recipe, num_images: int, num_train: int) -> None:
-    """Refuse a recipe that does not fit the number of images.
-
-    Args:
-        recipe: The run's.
-        num_images: Those that stage 1 sees.
-        num_train: Those that stages 2 and 3 see.
-
-    Raises:
-        ConfigError: There is no image to train on, or K, a batch or the queue is larger than the data.
-    """
-    _check_num_clusters(recipe, num_train)
-    if isinstance(recipe, ImageRecipe):
-        _check_batches(recipe, num_images, num_train)
-
-
-def _check_num_clusters(recipe: Recipe, num_train: int) -> None:
-    if num_train == 0:
-        advice = "name their folder or file otherwise" if recipe.protocol == "whole" else "use protocol=whole"
-        raise ConfigError(
-            f"protocol={recipe.protocol} needs images of a train split and there are none, only of test or unlabeled; "
-            f"{advice}"
-        )
-    if recipe.num_clusters > num_train:
-        raise ConfigError(
-            f"num_clusters={recipe.num_clusters} is more than the {num_train} images there are to cluster; "
-            "lower num_clusters or add images"
-        )
-
-
-def _check_batches(recipe: ImageRecipe, num_images: int, num_train: int) -> None:
-    if recipe.pretrain.weights is None:
-        _check_queue(recipe.pretrain, num_images)
-    batch = recipe.joint.labelled_batch * recipe.joint.unlabelled_ratio
-    if batch > num_train:
-        raise ConfigError(
-            f"joint.labelled_batch times joint.unlabelled_ratio={batch} is more than the {num_train} images there are; "
-            "lower one of them, or add images"
-        )
-
-
-def _check_queue(pretrain: Pretrain, num_images: int) -> None:
-    if pretrain.batch_size > num_images:
-        raise ConfigError(
-            f"pretrain.batch_size={pretrain.batch_size} is more than the {num_images} images there are; lower "
-            "pretrain.batch_size and pretrain.queue_size, or add images"
-        )
-    if pretrain.loss == "moco" and (pretrain.queue_size or 0) > num_images // 4:
-        largest = num_images // 4 // pretrain.keys_per_step * pretrain.keys_per_step
-        advice = f"use {largest}" if largest else "lower pretrain.batch_size and pretrain.queue_size"
-        raise ConfigError(
-            f"pretrain.queue_size={pretrain.queue_size} is more than a quarter of the {num_images} images, "
-            f"so keys would meet their own image among the negatives; {advice}"
-        )
 
 
 def perfect_loss(num_clusters: int) -> float:

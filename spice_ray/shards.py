@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from spice_ray.config import ImageRecipe, Recipe, check_count
+from spice_ray.config import ImageRecipe, Recipe
 from spice_ray.contracts import LABELS, SHARDS
 from spice_ray.errors import ConfigError, DataError
+from spice_ray.image_counts import check_count
 from spice_ray.storage import Artifact, open_artifact
 
 

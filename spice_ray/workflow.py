@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spice_ray.config import ImageRecipe, Recipe, Scale, Sweep, check_count
+from spice_ray.config import ImageRecipe, Recipe, Scale, Sweep
 from spice_ray.contracts import SHARDS
 from spice_ray.errors import ConfigError, DamagedError, DataError
+from spice_ray.image_counts import check_count
 from spice_ray.recipe import check_trials, load_recipe, refuse_sweep
 from spice_ray.run_folder import RunFolder, check_folder, check_held, claim, lock, read_record
 from spice_ray.runtime.cluster import check_local_cpus, connected

@@ -3,8 +3,9 @@ from typing import Any
 
 import pytest
 
-from spice_ray.config import Reliable, check_count, num_neighbors, perfect_loss
+from spice_ray.config import Reliable, perfect_loss
 from spice_ray.errors import ConfigError
+from spice_ray.image_counts import check_count, num_neighbors
 from spice_ray.recipe import check_recipe
 from tests.small_settings import changed, error_of, small_recipe
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from spice_ray.config import check_count
 from spice_ray.errors import ConfigError
+from spice_ray.image_counts import check_count
 from spice_ray.recipe import (
     check_key,
     check_recipe,

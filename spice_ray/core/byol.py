@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spice_ray.core.encoders import Encoder, LaneBatchNorm2d
+from spice_ray.core.encoders import Encoder, LaneBatchNorm2d, OfLanes, interleaved, lane_after_lane
 from spice_ray.core.order import seeded
 
 
@@ -15,8 +15,8 @@ class PredictingEncoder(nn.Module):
         self.encoder = encoder
         with seeded(key):
             hidden = 2 * encoder.embed_dim
-            self.projector = _two_layers(encoder.embed_dim, hidden, projection_dim)
-            self.predictor = _two_layers(projection_dim, hidden, projection_dim)
+            self.projector = TwoLayers(encoder.embed_dim, hidden, projection_dim)
+            self.predictor = TwoLayers(projection_dim, hidden, projection_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         """Predict the other view's projection of normalised images, (B, 3, S, S): unit rows, float32, (B, P)."""
@@ -32,10 +32,22 @@ class PredictingEncoder(nn.Module):
         return projected
 
 
-def _two_layers(inputs: int, hidden: int, outputs: int) -> nn.Module:
-    # Rows as images of one pixel: batch norm then is each lane's own, as in the encoder.
-    norm = [nn.Unflatten(1, (hidden, 1, 1)), LaneBatchNorm2d(hidden), nn.Flatten()]
-    return nn.Sequential(nn.Linear(inputs, hidden), *norm, nn.ReLU(), nn.Linear(hidden, outputs))
+class TwoLayers(OfLanes, nn.Module):
+    """A linear layer, batch norm of each lane, ReLU and another linear layer."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(inputs, hidden)
+        self.norm = LaneBatchNorm2d(hidden)
+        self.second = nn.Linear(hidden, outputs)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(B, inputs), interleaved over lanes, to (B, outputs)."""
+        lanes = self.lanes if self.training else 1
+        pixels = self.first(lane_after_lane(rows, lanes))[:, :, None, None]
+        hidden = interleaved(self.norm(pixels).flatten(1).relu(), lanes)
+        outputs: Tensor = self.second(hidden)
+        return outputs
 
 
 def prediction_loss(predictions: Tensor, projections: Tensor) -> Tensor:

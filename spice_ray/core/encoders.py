@@ -2,51 +2,58 @@
 
 A lane is a batch-norm group: rows come interleaved (row i * L + l belongs to lane l of L), and each lane is normalised
 by its own statistics. So the result does not depend on how lanes are spread over workers, and a key cannot recognise
-its query by shared batch statistics (MoCo, section 3.3 "Shuffling BN").
+its query by shared batch statistics (MoCo, section 3.3 "Shuffling BN"). Inside an encoder the lanes stand one after
+another, where each is one piece of memory in any memory format.
 """
 
 from collections.abc import Callable
 from typing import Literal, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spice_ray.core.order import seeded
 
 
-class LaneBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm with one set of batch statistics per lane and one set of running statistics, their mean over lanes."""
+class OfLanes:
+    """What :func:`set_lanes` tells: L, and which of how many parts of a batch the rows are."""
 
     lanes: int = 1
     part: int = 0
     parts: int = 1
 
+
+def set_lanes(model: nn.Module, lanes: int, part: int = 0, parts: int = 1) -> None:
+    """Tell all of ``model`` how many lanes its rows come from, and which part of a batch they are."""
+    for module in model.modules():
+        if isinstance(module, OfLanes):
+            module.lanes, module.part, module.parts = lanes, part, parts
+
+
+class LaneBatchNorm2d(OfLanes, nn.BatchNorm2d):
+    """Batch norm with one set of batch statistics per lane and one set of running statistics, their mean over lanes."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise interleaved rows, (b * L, C, H, W), lane by lane."""
+        """Normalise the rows of each lane, (L * b, C, H, W), lane after lane."""
         if not self.training or self.lanes == self.parts == 1:
             return super().forward(x)
-        rows, channels, height, width = x.shape
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        mean, var = self.running_mean.repeat(self.lanes), self.running_var.repeat(self.lanes)
-        out = F.batch_norm(
-            x.reshape(rows // self.lanes, self.lanes * channels, height, width),
-            mean,
-            var,
-            self.weight.repeat(self.lanes),
-            self.bias.repeat(self.lanes),
-            training=True,
-            momentum=self._share(),
-            eps=self.eps,
-        )
-        self.running_mean.copy_(mean.view(self.lanes, channels).mean(dim=0))
-        self.running_var.copy_(var.view(self.lanes, channels).mean(dim=0))
+        means, variances = self.running_mean.repeat(self.lanes, 1), self.running_var.repeat(self.lanes, 1)
+        share = self._share()
+        normalised = [
+            F.batch_norm(rows, mean, variance, self.weight, self.bias, training=True, momentum=share, eps=self.eps)
+            for rows, mean, variance in zip(x.chunk(self.lanes), means, variances, strict=True)
+        ]
+        self.running_mean.copy_(means.mean(dim=0))
+        self.running_var.copy_(variances.mean(dim=0))
         # As plain batch norm does: an encoder's file must not show how many lanes each worker served, or in how many
         # parts.
         if self.part == self.parts - 1:
             self.num_batches_tracked.add_(1)
-        return out.reshape(rows, channels, height, width)
+        return torch.cat(normalised)
 
     def _share(self) -> float:
         """Of this part's statistics in the running ones: after all parts each has momentum / parts."""
@@ -54,14 +61,17 @@ class LaneBatchNorm2d(nn.BatchNorm2d):
         return momentum / (self.parts - (self.parts - 1 - self.part) * momentum)
 
 
-def set_lanes(model: nn.Module, lanes: int, part: int = 0, parts: int = 1) -> None:
-    """Tell every batch norm of ``model`` how many lanes its rows come from, and which part of a batch they are."""
-    for module in model.modules():
-        if isinstance(module, LaneBatchNorm2d):
-            module.lanes, module.part, module.parts = lanes, part, parts
+def lane_after_lane(rows: Tensor, lanes: int) -> Tensor:
+    """Interleaved rows, (b * L, ...), as those of lane 0, then those of lane 1, ..."""
+    return rows if lanes == 1 else rows.unflatten(0, (-1, lanes)).transpose(0, 1).flatten(0, 1)
 
 
-class Encoder(nn.Module):
+def interleaved(rows: Tensor, lanes: int) -> Tensor:
+    """The inverse of :func:`lane_after_lane`."""
+    return rows if lanes == 1 else rows.unflatten(0, (lanes, -1)).transpose(0, 1).flatten(0, 1)
+
+
+class Encoder(OfLanes, nn.Module):
     """A convolutional trunk with global average pooling."""
 
     def __init__(self, trunk: nn.Module, embed_dim: int) -> None:
@@ -73,11 +83,17 @@ class Encoder(nn.Module):
         """Encode normalised images.
 
         Args:
-            images: float, (B, 3, S, S).
+            images: float, (B, 3, S, S), interleaved over lanes.
 
         Returns:
             The feature map, (B, D, s, s), and the pooled feature, (B, D).
         """
+        lanes = self.lanes if self.training else 1
+        feature_map, pooled = self.encode(lane_after_lane(images, lanes))
+        return interleaved(feature_map, lanes), interleaved(pooled, lanes)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``forward``, of rows lane after lane."""
         feature_map = self.trunk(images)
         return feature_map, feature_map.mean(dim=(2, 3))
 
@@ -161,4 +177,5 @@ _BUILDERS: dict[str, Callable[[], Encoder]] = {
 def build_encoder(name: str, key: int) -> Encoder:
     """The encoder called ``name``, its weights drawn from ``key`` alone (the process's generator is left as it was)."""
     with seeded(key):
-        return _BUILDERS[name]()
+        # Convolutions are faster so, on the CPU as on tensor cores.
+        return _BUILDERS[name]().to(memory_format=torch.channels_last)

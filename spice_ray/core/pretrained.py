@@ -73,8 +73,8 @@ class TimmEncoder(PretrainedEncoder):
         self.classifier = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
         super().__init__(net, image_size)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`Encoder.forward`."""
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`Encoder.encode`."""
         net: Any = self.trunk
         features = net.forward_features(images)
         pooled = net.forward_head(features, pre_logits=True)
@@ -104,8 +104,8 @@ class TorchvisionEncoder(PretrainedEncoder):
         self._sizes = (net.image_size, net.patch_size) if "encoder" in nodes else None
         super().__init__(trunk, image_size)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`Encoder.forward`."""
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`Encoder.encode`."""
         found = self.trunk(images)
         if self._sizes is None:
             return found["map"], found["pooled"]

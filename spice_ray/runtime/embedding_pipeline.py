@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spice_ray.config import check_count
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING
+from spice_ray.image_counts import check_count
 from spice_ray.readers.parts import vectors_of
 from spice_ray.runtime.data import Shards
 from spice_ray.runtime.inference import IDENTITY, assignments_table, new_array

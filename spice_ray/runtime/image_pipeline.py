@@ -5,8 +5,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from spice_ray.config import ImageRecipe, check_count
+from spice_ray.config import ImageRecipe
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, ENCODER, JOINT
+from spice_ray.image_counts import check_count
 from spice_ray.runtime.data import Shards, check_lanes, open_shards
 from spice_ray.runtime.frozen import check_trainable, given_settings, publish_given
 from spice_ray.runtime.inference import publish_assignments, publish_embedding

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from spice_ray.config import Recipe, Settings, num_neighbors, perfect_loss
+from spice_ray.config import Recipe, Settings, perfect_loss
 from spice_ray.contracts import HEADS, LABELS, RELIABLE
 from spice_ray.errors import DamagedError, StorageError
+from spice_ray.image_counts import num_neighbors
 from spice_ray.run_folder import RunFolder
 from spice_ray.runtime.data import Shards, open_shards
 from spice_ray.runtime.heads import open_bank, publish_heads, train_heads

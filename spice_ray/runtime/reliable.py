@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spice_ray.config import Recipe, num_neighbors
+from spice_ray.config import Recipe
 from spice_ray.contracts import RELIABLE
 from spice_ray.core.order import stream_key
 from spice_ray.errors import ConfigError
+from spice_ray.image_counts import num_neighbors
 from spice_ray.stages.select_reliable import ReliableSamples, select_reliable
 from spice_ray.storage import Artifact, publish
 

@@ -50,6 +50,6 @@ def test_lanes_are_normalised_apart_in_projector_and_predictor_too():
 
 
 def test_weights_follow_from_the_key():
-    first, second, third = (model(key).predictor[0].weight for key in (3, 3, 4))
+    first, second, third = (model(key).predictor.first.weight for key in (3, 3, 4))
     assert torch.equal(first, second)
     assert not torch.equal(first, third)

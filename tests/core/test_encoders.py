@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from spice_ray.core import encoders
 from spice_ray.core.encoders import LaneBatchNorm2d, build_encoder, set_lanes
 
 LANES, ROWS, CHANNELS = 3, 4, 5
@@ -32,6 +33,12 @@ def lane_norm(lanes: int) -> LaneBatchNorm2d:
     return norm
 
 
+def normalise(norm: LaneBatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    """Interleaved rows through a layer that wants them lane after lane, as an encoder does it."""
+    lanes = norm.lanes if norm.training else 1
+    return encoders.interleaved(norm(encoders.lane_after_lane(x, lanes)), lanes)
+
+
 def plain_twin(norm: LaneBatchNorm2d) -> nn.BatchNorm2d:
     twin = nn.BatchNorm2d(CHANNELS)
     twin.load_state_dict(norm.state_dict())
@@ -41,7 +48,7 @@ def plain_twin(norm: LaneBatchNorm2d) -> nn.BatchNorm2d:
 def test_each_lane_is_normalised_like_a_batch_norm_of_its_own():
     x, norm = interleaved(), lane_norm(LANES)
     twins = [plain_twin(norm) for _ in range(LANES)]
-    result = norm(x)
+    result = normalise(norm, x)
     for lane, twin in enumerate(twins):
         torch.testing.assert_close(result[lane::LANES], twin(x[lane::LANES]), rtol=1e-5, atol=1e-5)
 
@@ -51,7 +58,7 @@ def test_running_statistics_are_the_mean_over_lanes_at_every_step():
     twins = [plain_twin(norm) for _ in range(LANES)]
     for step in range(3):
         x = interleaved() * (1 + step) - step
-        norm(x)
+        normalise(norm, x)
         for lane, twin in enumerate(twins):
             twin(x[lane::LANES])
         for name in ("running_mean", "running_var"):
@@ -63,7 +70,7 @@ def test_gradients_are_those_of_separate_batch_norms():
     x, norm = interleaved().requires_grad_(), lane_norm(LANES)
     twin, x_twin = plain_twin(norm), interleaved().requires_grad_()
     target = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    (norm(x) * target).sum().backward()
+    (normalise(norm, x) * target).sum().backward()
     sum((twin(x_twin[lane::LANES]) * target[lane::LANES]).sum() for lane in range(LANES)).backward()
     torch.testing.assert_close(x.grad, x_twin.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(norm.weight.grad, twin.weight.grad, rtol=1e-4, atol=1e-4)
@@ -73,7 +80,7 @@ def test_gradients_are_those_of_separate_batch_norms():
 def test_a_lane_does_not_notice_the_rows_of_another():
     x, other = interleaved(), interleaved()
     other[1::LANES] = 100 * torch.randn(ROWS, CHANNELS, 6, 6, generator=torch.Generator().manual_seed(2))
-    first, second = lane_norm(LANES)(x), lane_norm(LANES)(other)
+    first, second = normalise(lane_norm(LANES), x), normalise(lane_norm(LANES), other)
     assert torch.equal(first[0::LANES], second[0::LANES])
     assert torch.equal(first[2::LANES], second[2::LANES])
     assert not torch.allclose(first[1::LANES], second[1::LANES])
@@ -82,14 +89,14 @@ def test_a_lane_does_not_notice_the_rows_of_another():
 def test_eval_mode_uses_the_running_statistics_whatever_the_lanes():
     x, norm = interleaved(), lane_norm(LANES).eval()
     before = copy.deepcopy(norm.state_dict())
-    assert torch.equal(norm(x), plain_twin(norm).eval()(x))
+    assert torch.equal(normalise(norm, x), plain_twin(norm).eval()(x))
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
 
 
 def test_one_lane_is_plain_batch_norm():
     x, norm = interleaved(), lane_norm(1)
     twin = plain_twin(norm)
-    assert torch.equal(norm(x), twin(x))
+    assert torch.equal(normalise(norm, x), twin(x))
     assert all(torch.equal(value, twin.state_dict()[name]) for name, value in norm.state_dict().items())
 
 
@@ -97,7 +104,7 @@ def test_every_entry_of_the_state_is_that_of_plain_batch_norm_where_lanes_are_eq
     x = interleaved(scale_lanes=False)[::LANES].repeat_interleave(LANES, dim=0)
     norm = lane_norm(LANES)
     twin = plain_twin(norm)
-    norm(x)
+    normalise(norm, x)
     twin(x[::LANES])
     for name, value in norm.state_dict().items():
         torch.testing.assert_close(value, twin.state_dict()[name], rtol=1e-5, atol=1e-6)
@@ -105,13 +112,13 @@ def test_every_entry_of_the_state_is_that_of_plain_batch_norm_where_lanes_are_eq
 
 def test_channels_last_rows_are_told_apart_too():
     x, norm, twin = interleaved(), lane_norm(LANES), lane_norm(LANES)
-    result = norm(x.contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(result, twin(x), rtol=1e-5, atol=1e-5)
+    result = normalise(norm, x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(result, normalise(twin, x), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_that_do_not_fill_the_lanes_are_refused():
     with pytest.raises(RuntimeError):
-        lane_norm(LANES)(interleaved()[:-1])
+        normalise(lane_norm(LANES), interleaved()[:-1])
 
 
 # Architectures; parameters are counted without the classifier
@@ -180,10 +187,10 @@ def test_running_statistics_of_a_batch_in_parts_are_those_of_the_whole(parts):
     x = x * torch.linspace(0.2, 3, 6).repeat(4).view(-1, 1, 1, 1)
     whole, in_parts = lane_norm(6), lane_norm(6)
     for step in range(3):
-        whole(x + step)
+        normalise(whole, x + step)
         rows = (x + step).unflatten(0, (4, parts, 6 // parts))
         for part in range(parts):
             set_lanes(in_parts, 6 // parts, part, parts)
-            in_parts(rows[:, part].flatten(0, 1))
+            normalise(in_parts, rows[:, part].flatten(0, 1))
     for name, value in in_parts.state_dict().items():
         torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-5, atol=1e-6)
