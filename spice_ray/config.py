@@ -73,7 +73,7 @@ class Pretrain(Settings):
     """A shipped encoder; for given ``weights`` also torchvision/NAME or timm/NAME."""
     weights: Annotated[str, Field(min_length=1)] | None = None
     """A local file of the encoder's weights (safetensors, or torch's), or the folder of another run's encoder; the
-    encoder is frozen until stage 3, and of the other settings here none counts."""
+    encoder is frozen until stage 3, and the other settings here have no effect."""
     weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     """What the file of ``weights`` must hold; a run notes it here."""
     epochs: PositiveInt
@@ -225,7 +225,8 @@ class Scale(Settings):
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     cpus_per_worker: PositiveInt = 1
     accumulate: PositiveInt = 1
-    """Parts that a worker computes a batch in, one after the other: a batch that its memory would not hold at once."""
+    """Parts that a worker computes a batch in, one after the other: a batch that its memory would not hold at once.
+    SimCLR's batches stay whole in stage 1."""
     head_actors: PositiveInt | None = None
     """Actors that share the heads; none: one per head where the cluster has room, else one per free processor."""
     head_gpus: Annotated[float, Field(ge=0)] = 0
@@ -277,17 +278,13 @@ class ImageRecipe(Recipe):
                     f"scale.workers={self.scale.workers} does not divide {stage}.lanes={lanes}, and a worker serves "
                     f"whole lanes; use scale.workers={most} or a divisor of it"
                 )
+        for stage, lanes in lanes_of.items():
             if lanes // self.scale.workers % self.scale.accumulate:
                 raise ValueError(
                     f"scale.accumulate={self.scale.accumulate} does not divide the {lanes // self.scale.workers} lanes "
                     f"that each worker has of {stage}.lanes={lanes}, and a part is whole lanes; use "
                     f"scale.accumulate={most // self.scale.workers} or a divisor of it"
                 )
-        if self.scale.accumulate > 1 and self.pretrain.loss == "simclr" and self.pretrain.weights is None:
-            raise ValueError(
-                f"scale.accumulate={self.scale.accumulate} is not for pretrain.loss=simclr, where every row of a batch "
-                "meets every other; use scale.accumulate=1, or pretrain.loss=moco"
-            )
         return self
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from spice_ray.contracts import EMBEDDING, HEADS, LABELS, SHARDS
 from spice_ray.errors import StorageError
 from spice_ray.storage import Artifact, clear_staging, read_json, reporting_disk_errors, write_json
 
+_WEIGHTS = "pretrain.weights_sha256"
 _RECORD = "run.json"
 _LOCKS: dict[Path, IO[str]] = {}
 """Open files whose locks this process holds."""
@@ -203,8 +204,8 @@ def _check_same(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> Non
             "they changed since; choose another --out"
         )
     before, now = _flat(held["recipe"]), _flat(wanted["recipe"])
-    # Where weights lie is not what they are: their digest is compared.
-    before, now = ({**flat, "pretrain.weights": None} for flat in (before, now))
+    if before.get(_WEIGHTS) is not None and now.get(_WEIGHTS) is not None:
+        before, now = _without_idle(before), _without_idle(now)
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if differing:
         key, *others = differing
@@ -213,6 +214,12 @@ def _check_same(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> Non
             f"{path} holds another run's settings ({key} is {before.get(key)} there and {now.get(key)} here{more}); "
             "choose another --out, or use the same settings to go on"
         )
+
+
+def _without_idle(flat: dict[str, Any]) -> dict[str, Any]:
+    """Flat settings but for the path of given weights, whose digest counts, and those without effect beside them."""
+    counted = ("pretrain.encoder", _WEIGHTS)
+    return {key: value for key, value in flat.items() if not key.startswith("pretrain.") or key in counted}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -199,7 +199,9 @@ def _timm(model: str, image_size: int) -> TimmEncoder:
             "spice-ray[timm], or timm itself"
         ) from None
     _check_known("timm", model, [*timm.list_models(), *timm.list_models(include_tags=True)])
-    sized = {"img_size": image_size} if getattr(timm.get_pretrained_cfg(model), "fixed_input_size", False) else {}
+    sized: dict[str, Any] = (
+        {"img_size": image_size} if getattr(timm.get_pretrained_cfg(model), "fixed_input_size", False) else {}
+    )
     return TimmEncoder(timm.create_model(model, pretrained=False, num_classes=0, **sized), image_size)
 
 

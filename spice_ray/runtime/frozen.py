@@ -33,7 +33,7 @@ def pin_weights(recipe: ImageRecipe, run: Path) -> ImageRecipe:
     settings = recipe.pretrain
     assert settings.weights is not None
     path = Path(os.path.abspath(os.path.expanduser(settings.weights)))
-    digest = _noted_digest(path, run) if not os.path.lexists(path) else _digest(_file_of(path, settings.encoder))
+    digest = _noted_digest(path, run) if not os.path.lexists(path) else _digest(_file_of(path, recipe))
     if digest is None:
         raise ConfigError(f"pretrain.weights={settings.weights} does not exist; give a local file of weights")
     if settings.weights_sha256 not in (None, digest):
@@ -103,7 +103,7 @@ def publish_given(root: Path, print_: str, recipe: ImageRecipe) -> Artifact:
 def _load(recipe: ImageRecipe) -> Encoder:
     settings = recipe.pretrain
     encoder = build(settings.encoder, recipe.image.size)
-    file = _file_of(Path(str(settings.weights)), settings.encoder)
+    file = _file_of(Path(str(settings.weights)), recipe)
     state = read_given(file)
     if _digest(file) != settings.weights_sha256:
         raise ConfigError(f"{file} has changed since the run began; put it back, or choose another --out")
@@ -122,12 +122,13 @@ def _describe(recipe: ImageRecipe, encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _file_of(path: Path, arch: str) -> Path:
+def _file_of(path: Path, recipe: ImageRecipe) -> Path:
     """The file of weights that ``path`` is, or holds as another run's encoder.
 
     Raises:
-        ConfigError: It is missing, or a folder of something else or of another encoder.
+        ConfigError: It is missing, or a folder of something else, of another encoder or of other colours.
     """
+    arch, image = recipe.pretrain.encoder, recipe.image.model_dump(mode="json")
     if not path.is_dir():
         if not path.is_file():
             raise ConfigError(f"pretrain.weights={path} is not there any more; put it back")
@@ -144,6 +145,13 @@ def _file_of(path: Path, arch: str) -> Path:
             f"pretrain.weights={path} is an encoder {found.manifest['arch']} and pretrain.encoder={arch}; set "
             f"pretrain.encoder={found.manifest['arch']}"
         )
+    for name in ("mean", "std"):
+        before, now = found.manifest["image"][name], image[name]
+        if before != now:
+            raise ConfigError(
+                f"pretrain.weights={path} was trained on images of image.{name}={before} and here it is {now}; set "
+                f"image.{name}={before}"
+            )
     return found.file("encoder.safetensors")
 
 

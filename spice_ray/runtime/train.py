@@ -18,7 +18,7 @@ from spice_ray.runtime.cluster import find_spice_error
 from spice_ray.runtime.memory import image_budget
 from spice_ray.runtime.train_progress import ERROR_FILE, TrainProgress, leave_error
 from spice_ray.runtime.workers import Host, JointJob, PretrainJob
-from spice_ray.storage import read_json
+from spice_ray.storage import open_artifact, read_json
 
 
 def wrap_ddp(module: nn.Module) -> nn.Module:
@@ -94,9 +94,10 @@ def fit(
     except ray.train.TrainingFailedError as error:
         raise _said(progress) or _user_error(error, name) from error
     said = _said(progress)
-    shutil.rmtree(checkpoints / name, ignore_errors=True)
-    if said is not None:
+    # A checkpoint may have been refused when the last step was done, and then nobody needs it.
+    if said is not None and open_artifact(job.root, job.kind, job.fingerprint) is None:
         raise said
+    shutil.rmtree(checkpoints / name, ignore_errors=True)
 
 
 def backend(scale: Scale) -> str:

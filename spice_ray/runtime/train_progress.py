@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -140,6 +141,7 @@ class TrainProgress:
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(state, folder / "state.pt")
         except (OSError, RuntimeError) as error:
+            shutil.rmtree(folder, ignore_errors=True)  # which makes room for the sentence, and nobody else would
             refused = StorageError(
                 f"the checkpoint {folder} was not written ({' '.join(str(error).split())}); make room there and run "
                 "the same command again"

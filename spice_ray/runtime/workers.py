@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -30,6 +30,7 @@ from spice_ray.storage import Artifact, publish
 class PretrainJob:
     """What a worker of stage 1 is given."""
 
+    kind: ClassVar[str] = ENCODER
     settings: Pretrain
     image: Image
     shards: Shards
@@ -42,6 +43,7 @@ class PretrainJob:
 class JointJob:
     """What a worker of stage 3 is given."""
 
+    kind: ClassVar[str] = JOINT
     settings: Joint
     image: Image
     shards: Shards

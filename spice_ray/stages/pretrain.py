@@ -44,6 +44,7 @@ def pretrain(
         wrap: Makes a module train data-parallel.
         progress: Where to go on from, and whom to tell.
         accumulate: Parts of whole lanes that each batch is computed in, with the same result; a divisor of the lanes.
+            SimCLR, where every row meets every other, computes whole batches.
 
     Returns:
         The query encoder, equal on all workers.
@@ -51,7 +52,8 @@ def pretrain(
     Raises:
         TrainingError: All images became alike.
     """
-    trainer = _Trainer(settings, Parts(lanes.num_lanes, accumulate), augmentation, seed, device, wrap)
+    parts = Parts(lanes.num_lanes, 1 if settings.loss == "simclr" else accumulate)
+    trainer = _Trainer(settings, parts, augmentation, seed, device, wrap)
     start = trainer.restore(progress.restore())
     steps_per_epoch = num_images // settings.batch_size
     total = settings.epochs * steps_per_epoch
@@ -72,9 +74,9 @@ def _examine(epoch: int, loss: Tensor, health: Health, settings: Pretrain, progr
     # A new encoder finds all images alike too.
     sign = why_collapsed(health) if epoch > max(settings.warmup_epochs, settings.epochs / 4) else None
     if sign is not None:
+        advice = "lower pretrain.lr" + (" or raise pretrain.momentum" if settings.loss != "simclr" else "")
         raise TrainingError(
-            f"stage 1 collapsed, in epoch {epoch} of {settings.epochs} {sign}; lower pretrain.lr or raise "
-            "pretrain.momentum, in a new --out"
+            f"stage 1 collapsed, in epoch {epoch} of {settings.epochs} {sign}; {advice}, in a new --out"
         )
 
 

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import pytest
 from tests.end_to_end.small_runs import Corpus
 
 STAGES = ["shards", "encoder", "embedding", "heads", "reliable", "joint", "assignments"]
+SNAPSHOT = "checkpoint_manager_snapshot.json"
 SLOW_ENOUGH = ["scale.checkpoint_seconds=0.2"]
 
 
@@ -22,10 +24,18 @@ def under_way(run: Path, kind: str) -> bool:
         pytest.fail(f"{kind} was finished before it could be killed")
     if kind in ("encoder", "joint"):
         name = {"encoder": "run_pretrain", "joint": "run_joint"}[kind]
-        return any((run / "checkpoints").glob(f"{name}-*/checkpoint_*/state.pt"))
+        # Which Ray Train writes once it knows of a checkpoint; the checkpoint's own file is there before it is whole.
+        return any(has_checkpoint(file) for file in (run / "checkpoints").glob(f"{name}-*/{SNAPSHOT}"))
     if kind == "shards":
         return any((run / "artifacts").glob(".ingest-*"))
     return (run / "progress" / kind).is_dir()
+
+
+def has_checkpoint(snapshot: Path) -> bool:
+    try:
+        return bool(json.loads(snapshot.read_text())["checkpoint_results"])
+    except ValueError:  # as it is being written
+        return False
 
 
 def start(recipe: Path, data: Path, run: Path) -> "subprocess.Popen[bytes]":

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,7 +18,7 @@ from spice_ray.config import ImageRecipe
 from spice_ray.core.encoders import LaneBatchNorm2d, build_encoder
 from spice_ray.core.heads import ClusterHead
 from spice_ray.errors import ConfigError, StorageError
-from spice_ray.readers.parts import PartFormat, read_part, write_part
+from spice_ray.readers.parts import PartFormat, read_part
 from spice_ray.recipe import check_recipe
 from spice_ray.run_folder import RunFolder, read_record
 from spice_ray.runtime.frozen import check_given, given_fingerprint, pin_weights
@@ -29,10 +28,10 @@ from spice_ray.runtime.progress import Done
 from spice_ray.runtime.tune import SilentReporter
 from spice_ray.runtime.weights import load_encoder, load_joint, read_given, save_weights
 from spice_ray.runtime.workers import JointJob, initial_joint, publish_joint
-from spice_ray.storage import Artifact, fingerprint, open_artifact, publish
+from spice_ray.storage import fingerprint, open_artifact, publish
+from tests.made_shards import SIZE, make_shards
 from tests.small_settings import changed
 
-SIZE, NUM_IMAGES = 32, 64
 LIBRARY_MODEL = "torchvision/regnet_y_400mf"
 
 
@@ -50,7 +49,7 @@ def library_net(name: str) -> nn.Module:
 
 
 def weights_of(net: nn.Module, folder: Path) -> Path:
-    save_file(net.state_dict(), folder / "weights.safetensors")
+    save_weights(net, folder / "weights.safetensors")
     return folder / "weights.safetensors"
 
 
@@ -67,24 +66,6 @@ def recipe(weights: Path, encoder: str = "convnet", **values: Any) -> ImageRecip
     found = check_recipe(settings)
     assert isinstance(found, ImageRecipe)
     return found
-
-
-def make_shards(root: Path, print_: str, seed: int = 0) -> Artifact:
-    """Image shards in the layout of the contract, four files of 16 images."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (NUM_IMAGES, 3 * SIZE * SIZE), dtype=np.uint8)
-
-    def write(folder: Path) -> dict[str, Any]:
-        files = []
-        for number, ids in enumerate(np.arange(NUM_IMAGES).reshape(4, 16)):
-            images = pa.array([row.tobytes() for row in pixels[ids]], pa.binary(3 * SIZE * SIZE))
-            columns = {"sample_id": ids, "source": [f"{i}.png" for i in ids], "split": ["train"] * 16, "image": images}
-            name = f"part-{number:05d}.parquet"
-            crc32 = write_part(folder / name, pa.table(columns))
-            files.append({"name": name, "rows": 16, "splits": {"train": 16}, "crc32": crc32})
-        counts = {"num_images": NUM_IMAGES, "image_size": SIZE, "splits": {"train": NUM_IMAGES}, "num_rejects": 0}
-        return {**counts, "stored": "pixels", "files": files, "digest": print_}
-
-    return publish(root, "shards", print_, write)
 
 
 class Watched(SilentReporter):
@@ -129,6 +110,29 @@ def pooled_of(net: nn.Module, images: Tensor) -> Tensor:
     net(images)
     handle.remove()
     return seen[0]
+
+
+def test_an_encoder_of_other_colours_is_refused(weights: Path, tmp_path: Path) -> None:
+    encoder = make_pipeline(weights, tmp_path).encoder.path
+    assert pin_weights(recipe(encoder), tmp_path / "new").pretrain.weights_sha256 is not None
+    other = recipe(encoder, image__mean=[0.1, 0.2, 0.3])
+    with pytest.raises(
+        ConfigError, match=r"was trained on images of image\.mean=\[0\.485, .*\] and here it is \[0\.1, "
+    ):
+        pin_weights(other, tmp_path / "new")
+
+
+def test_settings_without_effect_beside_given_weights_do_not_keep_a_run_from_going_on(
+    weights: Path, tmp_path: Path
+) -> None:
+    data = str(make_shards(tmp_path / "data", "0a").path)
+    first = workflow.prepare(recipe(weights), data, tmp_path / "run").recipe
+    second = workflow.prepare(recipe(weights, pretrain__epochs=9, pretrain__lr=7.0), data, tmp_path / "run").recipe
+    assert isinstance(first, ImageRecipe)
+    assert isinstance(second, ImageRecipe)
+    assert (first.pretrain.epochs, second.pretrain.epochs) == (1, 9)
+    with pytest.raises(StorageError, match="seed is 0 there and 3 here"):
+        workflow.prepare(recipe(weights, seed=3), data, tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", [LIBRARY_MODEL, "timm/test_resnet"])
@@ -228,7 +232,7 @@ def test_a_run_goes_on_with_the_same_weights_wherever_they_lie(
     with pytest.raises(ConfigError, match=r"other\.pth does not exist; give a local file"):
         workflow.prepare(recipe(tmp_path / "other.pth"), data, out)
     state = read_given(moved)
-    save_file({**state, "trunk.0.weight": state["trunk.0.weight"] + 1}, moved)
+    save_file({**state, "trunk.0.weight": (state["trunk.0.weight"] + 1).contiguous()}, moved)
     with pytest.raises(StorageError, match=r"pretrain\.weights_sha256 is \w+ there and \w+ here"):
         workflow.prepare(recipe(moved), data, out)
     with pytest.raises(ConfigError, match=r"has the SHA-256 \w+ and not pretrain\.weights_sha256=\w+; give the file"):

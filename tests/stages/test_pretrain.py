@@ -266,6 +266,19 @@ def test_a_run_in_which_all_images_become_alike_stops_and_says_so():
     assert listener.health[-1].effective_rank < 1.5
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_every_weight_learns_in_bf16(case):
+    # Autocast keeps the weights it has cast: those of a pass without gradient must not serve one with.
+    family, changes = CASES[case]
+    trainer = _Trainer(settings(**changes, precision="bf16"), Parts(4, 1), augmentation(family), SEED, CPU, wrap)
+    before = [weights.detach().clone() for weights in trainer.query.parameters()]
+    for step in range(2):
+        assert torch.isfinite(trainer.step(step, STEPS, worker_lanes().batch(step)))
+    for (name, weights), old in zip(trainer.query.named_parameters(), before, strict=True):
+        assert weights.dtype == torch.float32
+        assert not torch.equal(weights, old), name
+
+
 # One lane: batch norm over the whole batch, for which a plain twin is short
 
 

@@ -1,0 +1,53 @@
+"""What a host tells a training worker reaches its loop."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from spice_ray.config import ImageRecipe
+from spice_ray.contracts import ENCODER
+from spice_ray.recipe import check_recipe
+from spice_ray.runtime.data import open_shards
+from spice_ray.runtime.memory import Budget
+from spice_ray.runtime.tune import TrialProgress
+from spice_ray.runtime.workers import Host, PretrainJob, run_pretrain
+from spice_ray.storage import open_artifact
+from tests.made_shards import NUM_IMAGES, SIZE, make_shards
+from tests.small_settings import changed
+
+
+class Counted:
+    """Counts the rows of each forward pass of the query."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        module.register_forward_hook(lambda _, inputs, __: self.rows.append(len(inputs[0])))
+        return module
+
+
+def pretrained(folder: Path, accumulate: int) -> tuple[list[int], dict[str, torch.Tensor]]:
+    settings: dict[str, Any] = {"encoder": "convnet", "batch_size": 16, "queue_size": 16, "epochs": 1}
+    recipe = check_recipe(changed(image__size=SIZE, **{f"pretrain__{key}": value for key, value in settings.items()}))
+    assert isinstance(recipe, ImageRecipe)
+    shards = open_shards(make_shards(folder, "0a"), None)
+    job = PretrainJob(recipe.pretrain, recipe.image, shards, 0, folder, "0b")
+    counted = Counted()
+    run_pretrain(job, Host(torch.device("cpu"), counted.wrap, TrialProgress(), Budget(1 << 30, 1 << 30), accumulate))
+    artifact = open_artifact(folder, ENCODER, "0b")
+    assert artifact is not None
+    return counted.rows, load_file(artifact.file("encoder.safetensors"))
+
+
+def test_a_batch_is_computed_in_as_many_parts_as_the_host_says(local_ray: None, tmp_path: Path) -> None:
+    whole, expected = pretrained(tmp_path / "whole", 1)
+    in_parts, found = pretrained(tmp_path / "parts", 4)
+    assert whole == [16] * (NUM_IMAGES // 16)
+    assert in_parts == [4] * (4 * NUM_IMAGES // 16)
+    for name, weights in expected.items():
+        assert found[name].flatten().tolist() == pytest.approx(weights.flatten().tolist(), rel=1e-3, abs=1e-4)
