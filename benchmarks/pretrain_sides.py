@@ -190,6 +190,8 @@ def _train_lightly(peer: Peer, batches: Iterable[Views], device: torch.device, t
     from lightly.models.utils import deactivate_requires_grad, update_momentum
 
     encoder = build_encoder(peer.encoder, stream_key(0, "encoder"))
+    # Torch's default, in which its examples train; channels-last is a part of how this package trains.
+    encoder = encoder.to(memory_format=torch.contiguous_format)
     width, projected = encoder.embed_dim, peer.loss["memory_bank_size"][1]
     backbone = nn.Sequential(encoder.trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     query = nn.Sequential(backbone, MoCoProjectionHead(width, width, projected)).to(device)

@@ -244,7 +244,8 @@ def test_another_runs_encoder_is_taken_by_its_folder(tmp_path: Path) -> None:
 
     def write(folder: Path) -> dict[str, Any]:
         save_weights(given, folder / "encoder.safetensors")
-        return {"arch": "convnet", "embed_dim": 128, "image": {"size": SIZE}}
+        image = check_recipe(changed(image__size=SIZE)).model_dump(mode="json")["image"]
+        return {"arch": "convnet", "embed_dim": 128, "image": image}
 
     folder = publish(tmp_path / "before", "encoder", "0a", write).path
     shards = make_shards(tmp_path / "data", "0a")
