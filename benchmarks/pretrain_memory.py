@@ -10,10 +10,11 @@ from typing import Any
 
 from augment import MEAN, STD
 from generated import SIDE, Generated
+from pretrain_progress import PassedOn
 from torch import Tensor
 
 from spice_ray.config import Image, Pretrain, Scale
-from spice_ray.contracts import Health, Progress
+from spice_ray.contracts import Progress
 from spice_ray.runtime.cluster import connected
 from spice_ray.runtime.data import Shards, check_lanes, open_shards
 from spice_ray.runtime.ingest import ingest
@@ -34,21 +35,15 @@ def status() -> dict[str, int]:
     return {words[0].rstrip(":"): int(words[1]) << 10 for words in lines if words[-1] == "kB"}
 
 
-class Watched:
+class Watched(PassedOn):
     """Keeps the most private memory that was in use after a step, and passes everything on."""
 
     def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+        super().__init__(progress)
         self.private = 0
 
-    def restore(self) -> dict[str, Any] | None:
-        return self._progress.restore()
-
-    def note_health(self, epoch: int, loss: Tensor, health: Health) -> None:
-        self._progress.note_health(epoch, loss, health)
-
     def advance(self, step: int, total: int, loss: Tensor, snapshot: Callable[[], dict[str, Any]]) -> None:
-        self._progress.advance(step, total, loss, snapshot)
+        super().advance(step, total, loss, snapshot)
         self.private = max(self.private, status()["RssAnon"])
 
 

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from augment import MEAN, STD
 from generated import SIDE, Generated
+from pretrain_progress import PassedOn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from spice_ray.config import Image, Pretrain, Scale
-from spice_ray.contracts import Health, Progress
+from spice_ray.contracts import Progress
 from spice_ray.core import collectives
 from spice_ray.core.lanes import ResidentLanes, Rows, ServedLanes, Stream, serve, shuffle_window
 from spice_ray.core.order import stream_key
@@ -40,21 +41,16 @@ SCALE = Scale(workers=WORKERS, checkpoint_seconds=3600)
 Run = dict[str, list[float]]
 
 
-class Noted:
+class Noted(PassedOn):
     """Notes when each step is over and what its loss was, and passes everything on."""
 
     def __init__(self, progress: Progress, file: Path) -> None:
-        self._progress, self._file = progress, file
+        super().__init__(progress)
+        self._file = file
         self._times, self._losses = list[float](), list[Tensor]()
 
-    def restore(self) -> dict[str, Any] | None:
-        return self._progress.restore()
-
-    def note_health(self, epoch: int, loss: Tensor, health: Health) -> None:
-        self._progress.note_health(epoch, loss, health)
-
     def advance(self, step: int, total: int, loss: Tensor, snapshot: Callable[[], dict[str, Any]]) -> None:
-        self._progress.advance(step, total, loss, snapshot)
+        super().advance(step, total, loss, snapshot)
         self._times.append(time.monotonic())
         self._losses.append(loss)
         if step == total and collectives.rank() == 0:

@@ -28,6 +28,7 @@ from spice_ray.core.pretrained import (
     load_given,
 )
 from spice_ray.errors import ConfigError
+from tests.library_models import classifier_input
 
 SIZE = 32
 
@@ -76,16 +77,6 @@ def with_statistics(net: nn.Module) -> nn.Module:
             norm.running_mean.uniform_(-0.1, 0.1)
             norm.running_var.uniform_(0.5, 1.5)
     return net
-
-
-def classifier_input(net: nn.Module, x: Tensor) -> Tensor:
-    """What the last linear layer of a library's own model is given."""
-    seen: list[Tensor] = []
-    last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
-    handle = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    net(x)
-    handle.remove()
-    return seen[0]
 
 
 def timm_encoder(name: str) -> TimmEncoder:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from spice_ray import workflow
 from spice_ray.config import ImageRecipe
@@ -29,6 +29,7 @@ from spice_ray.runtime.tune import SilentReporter
 from spice_ray.runtime.weights import load_encoder, load_joint, read_given, save_weights
 from spice_ray.runtime.workers import JointJob, initial_joint, publish_joint
 from spice_ray.storage import fingerprint, open_artifact, publish
+from tests.library_models import classifier_input
 from tests.made_shards import SIZE, make_shards
 from tests.small_settings import changed
 
@@ -101,17 +102,6 @@ def make_pipeline(weights: Path, folder: Path, encoder: str = "convnet") -> Imag
     return ImagePipeline(prepared.run, prepared.recipe, shards, None, Watched())
 
 
-@torch.no_grad()
-def pooled_of(net: nn.Module, images: Tensor) -> Tensor:
-    """What the classifier is given."""
-    seen: list[Tensor] = []
-    classifier = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
-    handle = classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    net(images)
-    handle.remove()
-    return seen[0]
-
-
 def test_an_encoder_of_other_colours_is_refused(weights: Path, tmp_path: Path) -> None:
     encoder = make_pipeline(weights, tmp_path).encoder.path
     assert pin_weights(recipe(encoder), tmp_path / "new").pretrain.weights_sha256 is not None
@@ -151,7 +141,7 @@ def test_given_weights_are_the_encoder_and_their_file_is_not_needed_any_more(nam
     images = torch.from_numpy(np.stack([np.frombuffer(row, np.uint8) for row in table["image"].to_pylist()]).copy())
     settings = pipeline.recipe.image
     mean, std = (torch.tensor(x)[:, None, None] for x in (settings.mean, settings.std))
-    expected = pooled_of(net, (images.view(-1, 3, SIZE, SIZE) / 255 - mean) / std)
+    expected = classifier_input(net, (images.view(-1, 3, SIZE, SIZE) / 255 - mean) / std)
     width = artifact.manifest["embed_dim"]
     found = torch.from_numpy(np.stack([np.frombuffer(row, np.float32) for row in rows]))[:, width : 2 * width]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -182,7 +172,7 @@ def test_stage_3_begins_with_given_weights_and_its_result_is_built_again(tmp_pat
     assert norms
     assert all(isinstance(norm, LaneBatchNorm2d) for norm in norms)
     images = torch.randn(2, 3, SIZE, SIZE)
-    torch.testing.assert_close(model.eval()(images), head(pooled_of(net, images)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.eval()(images), head(classifier_input(net, images)), rtol=1e-4, atol=1e-4)
     again = load_joint(publish_joint(job, model, skipped=None)).eval()
     assert torch.equal(again(images), model(images))
 
