@@ -164,6 +164,12 @@ class Heads(Settings):
     lr: PositiveFloat = 0.005
     loss: Literal["double_softmax", "cross_entropy", "tempered"] = "double_softmax"
     entropy_weight: NonNegativeFloat = 0
+    label_view: Literal["weak", "strong"] = "weak"
+    """Views whose probabilities choose the prototypes (E-step); the strong ones: the first of them."""
+    train_view: Literal["weak", "strong"] = "strong"
+    """Views that learn the pseudo-labels (M-step)."""
+    more: Annotated[int, Field(ge=0)] = 10
+    """Heads that may be trained beyond ``count`` where every one so far has merged clusters."""
 
 
 class ImageHeads(Heads):
@@ -230,6 +236,9 @@ class Scale(Settings):
     head_actors: PositiveInt | None = None
     """Actors that share the heads; none: one per head where the cluster has room, else one per free processor."""
     head_gpus: Annotated[float, Field(ge=0)] = 0
+    bank_memory: NonNegativeFloat | None = None
+    """GiB of Ray's object store that the features for the heads may take; larger ones are mapped from the files of the
+    run. None: half of what is free there."""
     resident_memory: NonNegativeFloat | None = None
     """GiB of images that a training worker may hold; more are streamed. None: half of what is free."""
     skip_damaged: bool = False
@@ -322,8 +331,3 @@ def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
         lower, upper = value - value % divisor, value + divisor - value % divisor
         near = f"{upper}" if lower == 0 else f"{lower} or {upper}"
         raise ValueError(f"{divisor_name}={divisor} does not divide {name}={value}; use {name}={near}")
-
-
-def perfect_loss(num_clusters: int) -> float:
-    """The unsupervised loss of perfect, balanced, certain clusters: log(1 + (K - 1) / e)."""
-    return math.log1p((num_clusters - 1) / math.e)

@@ -59,11 +59,11 @@ class Bank(NamedTuple):
 
     embedding: "NDArray[np.float32]"
     """Unit rows of the plain view, (N, D): similarity and prototypes."""
-    plain: "NDArray[np.float32]"
+    plain: "NDArray[np.float16]"
     """Pooled feature of the plain view, (N, D)."""
-    weak: "NDArray[np.float32]"
+    weak: "NDArray[np.float16]"
     """Pooled feature of one weak view, (N, D)."""
-    strong: "NDArray[np.float32]"
+    strong: "NDArray[np.float16]"
     """Pooled features of the strong views, (V, N, D)."""
 
 

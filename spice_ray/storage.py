@@ -19,7 +19,7 @@ from typing import Any
 
 from spice_ray.errors import StorageError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)

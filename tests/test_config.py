@@ -1,9 +1,8 @@
-import math
 from typing import Any
 
 import pytest
 
-from spice_ray.config import Reliable, perfect_loss
+from spice_ray.config import Reliable
 from spice_ray.errors import ConfigError
 from spice_ray.image_counts import check_count, num_neighbors
 from spice_ray.recipe import check_recipe
@@ -161,12 +160,6 @@ def test_the_queue_that_is_advised_is_one_that_a_symmetric_loss_accepts() -> Non
     with pytest.raises(ConfigError, match=r"use 64$"):
         check_count(recipe, num_images=4 * 127, num_train=500)
     check_recipe(changed(pretrain__symmetric=True, pretrain__queue_size=64))
-
-
-def test_the_loss_of_perfect_clusters_is_that_of_a_double_softmax() -> None:
-    for num_clusters in (2, 10):
-        certain = [math.e] + [1.0] * (num_clusters - 1)  # exp of a one-hot row
-        assert perfect_loss(num_clusters) == pytest.approx(-math.log(certain[0] / sum(certain)))
 
 
 @pytest.mark.parametrize(("loss", "needed"), [("moco", "queue_size"), ("byol", "momentum"), ("simclr", "temperature")])

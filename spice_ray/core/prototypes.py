@@ -16,40 +16,67 @@ class PseudoLabels(NamedTuple):
     """Labelled positions of a round; a position may occur more than once."""
 
     indices: Tensor
-    """int64, (K * (M // K),)."""
+    """int64, (sum of the quotas,)."""
     labels: Tensor
-    """int64, (K * (M // K),)."""
+    """int64, (sum of the quotas,)."""
 
 
-def prototypes(embeddings: Tensor, probs: Tensor, *, confident_fraction: float) -> Tensor:
+class Quotas(NamedTuple):
+    """How many of M samples a cluster gets; int64, (K,), on the CPU."""
+
+    confident: Tensor
+    """Of its most confident samples, whose mean is its prototype; at least 1."""
+    labelled: Tensor
+    """Of the samples nearest its prototype, which take its label; at least 1."""
+
+
+def quotas_of(shares: Tensor, num_samples: int, *, confident_fraction: float) -> Quotas:
+    """The whole part of each cluster's share of ``num_samples``.
+
+    Args:
+        shares: Of each cluster, float64, (K,), on the CPU; their sum is 1.
+        num_samples: M.
+        confident_fraction: Part of a cluster's share that makes its prototype, in (0, 1].
+    """
+    # What is off by rounding alone, such as 0.1 * 30, counts as whole.
+    sizes = shares * num_samples + 1e-9
+    return Quotas((sizes * confident_fraction).long().clamp_min(1), sizes.long().clamp_min(1))
+
+
+def equal_shares(num_clusters: int) -> Tensor:
+    """1 / K for each cluster, float64, (K,)."""
+    return torch.full((num_clusters,), 1 / num_clusters, dtype=torch.float64)
+
+
+def prototypes(embeddings: Tensor, probs: Tensor, counts: Tensor) -> Tensor:
     """The mean embedding of each cluster's most confident samples (eq. 2), (K, D).
 
     Args:
         embeddings: Unit rows of the plain view, (M, D).
-        probs: Cluster probabilities of the weak view, (M, K).
-        confident_fraction: Share of M / K samples that are averaged, in (0, 1].
+        probs: Cluster probabilities, (M, K).
+        counts: How many samples of each cluster are averaged, int64, (K,), on the CPU.
     """
-    num_samples, num_clusters = probs.shape
-    num_confident = max(1, int(confident_fraction * num_samples / num_clusters))
-    most_confident = probs.topk(num_confident, dim=0).indices  # (num_confident, K)
-    return embeddings[most_confident].mean(dim=0)
+    most_confident = probs.topk(int(counts.max()), dim=0).indices  # (largest count, K)
+    return torch.stack([embeddings[most_confident[:count, k]].mean(dim=0) for k, count in enumerate(counts.tolist())])
 
 
-def overlapping_labels(embeddings: Tensor, centres: Tensor) -> PseudoLabels:
-    """Give each cluster the M // K samples nearest its prototype (eqs. 3-4); a sample may be claimed twice.
+def overlapping_labels(embeddings: Tensor, centres: Tensor, quotas: Tensor) -> PseudoLabels:
+    """Give each cluster as many samples nearest its prototype as its quota (eqs. 3-4); a sample may be claimed twice.
 
     Args:
         embeddings: Unit rows, (M, D).
         centres: Prototypes, (K, D).
+        quotas: int64, (K,), on the CPU.
     """
-    per_cluster = len(embeddings) // len(centres)
     # Prototypes need no normalising: each row is ranked only against itself.
-    nearest = (centres @ embeddings.T).topk(per_cluster, dim=1).indices  # (K, M // K)
-    return PseudoLabels(nearest.flatten(), _repeated_labels(centres, per_cluster))
+    nearest = (centres @ embeddings.T).topk(int(quotas.max()), dim=1).indices  # (K, largest quota)
+    return PseudoLabels(
+        torch.cat([nearest[k, :quota] for k, quota in enumerate(quotas.tolist())]), _repeated_labels(centres, quotas)
+    )
 
 
-def exclusive_labels(embeddings: Tensor, centres: Tensor) -> PseudoLabels:
-    """Give each cluster M // K samples, none to two clusters: the paper's non-overlap ablation.
+def exclusive_labels(embeddings: Tensor, centres: Tensor, quotas: Tensor) -> PseudoLabels:
+    """Give each cluster as many samples as its quota, none to two clusters: the paper's non-overlap ablation.
 
     Pairs of sample and unit prototype are served by falling similarity, as long as the sample is free and the cluster
     is not full.
@@ -57,20 +84,20 @@ def exclusive_labels(embeddings: Tensor, centres: Tensor) -> PseudoLabels:
     Args:
         embeddings: Unit rows, (M, D).
         centres: Prototypes, (K, D).
+        quotas: int64, (K,), on the CPU; their sum is at most M.
     """
-    per_cluster = len(embeddings) // len(centres)
     similarity = (embeddings @ F.normalize(centres, dim=1).T).cpu().numpy()
-    owners = _greedy_owners(similarity, per_cluster)
+    owners = _greedy_owners(similarity, quotas.numpy())
     order = np.argsort(owners, kind="stable")
     indices = torch.from_numpy(order[owners[order] >= 0]).to(embeddings.device)
-    return PseudoLabels(indices, _repeated_labels(centres, per_cluster))
+    return PseudoLabels(indices, _repeated_labels(centres, quotas))
 
 
-def _greedy_owners(similarity: NDArray[np.float32], per_cluster: int) -> NDArray[np.int64]:
+def _greedy_owners(similarity: NDArray[np.float32], quotas: NDArray[np.int64]) -> NDArray[np.int64]:
     """The cluster that owns each sample, or -1."""
     num_samples, num_clusters = similarity.shape
     owners = np.full(num_samples, -1)
-    free = np.full(num_clusters, per_cluster)
+    free = quotas.copy()
     for pair in np.argsort(-similarity, axis=None, kind="stable"):
         sample, cluster = divmod(int(pair), num_clusters)
         if owners[sample] < 0 and free[cluster]:
@@ -81,35 +108,25 @@ def _greedy_owners(similarity: NDArray[np.float32], per_cluster: int) -> NDArray
     return owners
 
 
-def _repeated_labels(centres: Tensor, per_cluster: int) -> Tensor:
-    return torch.arange(len(centres), device=centres.device).repeat_interleave(per_cluster)
+def _repeated_labels(centres: Tensor, quotas: Tensor) -> Tensor:
+    return torch.arange(len(centres)).repeat_interleave(quotas).to(centres.device)
+
+
+def cross_entropy_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Each sample's cross-entropy, (..., B), of logits (..., B, K) and labels int64 (..., B)."""
+    losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+    return losses.view(labels.shape)
 
 
 def double_softmax_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy on the softmax of the softmax output (eq. 5): each sample's loss, (B,).
+    """Cross-entropy on the softmax of the softmax output (eq. 5): each sample's loss, (..., B).
 
     The second softmax bounds the gradient of samples that are already sure, so wrong pseudo-labels weigh less.
     """
-    return F.cross_entropy(logits.softmax(dim=1), labels, reduction="none")
+    return cross_entropy_loss(logits.softmax(dim=-1), labels)
 
 
 def negative_entropy(probs: Tensor) -> Tensor:
-    """Minus the entropy of the mean prediction, a scalar: least when clusters are equally large."""
-    mean = probs.mean(dim=0)
-    return (mean * mean.clamp_min(1e-12).log()).sum()
-
-
-def unsupervised_loss(embeddings: Tensor, logits: Tensor, *, confident_fraction: float) -> Tensor:
-    """Eq. 5 with one labelling round over all samples (M = N), on plain views: what heads and trials are ranked by.
-
-    Args:
-        embeddings: Unit rows, (N, D).
-        logits: Cluster logits, (N, K).
-        confident_fraction: As in :func:`prototypes`.
-
-    Returns:
-        A scalar; log(1 + (K - 1) / e) for perfect, balanced and certain clusters.
-    """
-    centres = prototypes(embeddings, logits.softmax(dim=1), confident_fraction=confident_fraction)
-    pseudo = overlapping_labels(embeddings, centres)
-    return double_softmax_loss(logits[pseudo.indices], pseudo.labels).mean()
+    """Minus the entropy of the mean prediction of (..., B, K), (...): least when clusters are equally large."""
+    mean = probs.mean(dim=-2)
+    return (mean * mean.clamp_min(1e-12).log()).sum(dim=-1)

@@ -68,8 +68,10 @@ def publish_given(root: Path, print_: str, shards: Shards, show: Show) -> Artifa
     width = shards.format.size
 
     def write(folder: Path) -> dict[str, Any]:
+        shape = (shards.num_rows, width)
         embedding, plain = (
-            new_array(folder / f"{name}.npy", (shards.num_rows, width)) for name in ("embedding", "plain")
+            new_array(folder / "embedding.npy", shape),
+            new_array(folder / "plain.npy", shape, np.float16),
         )
         done = 0
         for table in _tables(shards):
@@ -81,7 +83,7 @@ def publish_given(root: Path, print_: str, shards: Shards, show: Show) -> Artifa
             done += len(ids)
             show(Done(done, shards.num_counted, None))
         for array in (embedding, plain):
-            array.flush()  # type: ignore[attr-defined]
+            array.flush()
         return {"num_images": shards.num_rows, "embed_dim": width, "views": 0}
 
     return publish(root, EMBEDDING, print_, write)

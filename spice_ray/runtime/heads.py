@@ -1,5 +1,7 @@
-"""Stage 2 on Ray: heads as parallel actors on one bank in the object store."""
+"""Stage 2 on Ray: heads as parallel actors on one bank."""
 
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,105 +12,136 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from spice_ray.config import Recipe, Scale
+from spice_ray.config import Heads, Recipe, Scale
 from spice_ray.contracts import HEADS, Bank
 from spice_ray.core.heads import ClusterHead
+from spice_ray.core.unsupervised_loss import merged_loss
+from spice_ray.runtime.bank import BankPlace, bank_bytes
 from spice_ray.runtime.cluster import room
+from spice_ray.runtime.head_progress import HeadProgress, state_file
+from spice_ray.runtime.memory import free_on_device
 from spice_ray.runtime.progress import ProgressWriter
 from spice_ray.runtime.weights import load_weights, save_weights
-from spice_ray.stages.train_heads import TrainedHead, choose_head, train_head
+from spice_ray.stages.features import Features
+from spice_ray.stages.train_heads import TrainedHead, choose_head, train_heads
 from spice_ray.storage import Artifact, publish, read_json, write_json
 
 _RETRIES = 3
 _ROWS_AT_ONCE = 8192
-Shared = tuple["ray.ObjectRef[NDArray[np.float32]]", tuple[int, ...]]
-"""An array in the object store, and the shape in which it is used."""
 
 
 class HeadActor:
-    """Trains heads, one after the other."""
+    """Trains groups of heads, one group after the other."""
 
-    def __init__(self, recipe: Recipe, scale: Scale, progress: Path, writer: str, num_heads: int) -> None:
+    def __init__(self, recipe: Recipe, scale: Scale, place: BankPlace, progress: Path, writer: str) -> None:
         torch.set_num_threads(scale.cpus_per_worker)
-        self._recipe = recipe
-        self._device = torch.device("cuda" if scale.head_gpus else "cpu")
+        self._recipe, self._scale = recipe, scale
         self._writer = ProgressWriter(progress, writer)
-        self._done, self._total = 0, num_heads * recipe.heads.epochs
-        self._writer.write(self._done, self._total)
+        self._done: dict[tuple[int, ...], int] = {}
+        device = torch.device("cuda" if scale.head_gpus else "cpu")
+        bank = place.open()
+        resident = bank_bytes(bank) <= free_on_device(device, scale.head_gpus)
+        self._features = Features(bank, device, resident=resident)
 
-    def train(self, bank: "list[Shared]", index: int, train_ids: NDArray[np.int64]) -> TrainedHead:
-        """Train head number ``index`` on the shared bank."""
+    def expect(self, groups: list[list[int]]) -> None:
+        """Hear what there will be to do, for the progress that is shown."""
+        self._done |= {tuple(group): 0 for group in groups}
+        self._show()
+
+    def train(self, group: list[int], train_ids: NDArray[np.int64], states: Path) -> list[TrainedHead]:
+        """Train the heads of these numbers side by side; go on from their state in the folder ``states``."""
         recipe = self._recipe
-        return train_head(
-            Bank(*(ray.get(ref).reshape(shape) for ref, shape in bank)),
-            index,
+
+        def tell(num_epochs: int) -> None:
+            self._done[tuple(group)] = num_epochs
+            self._show()
+
+        return train_heads(
+            self._features,
+            group,
             recipe.heads,
             num_clusters=recipe.num_clusters,
             seed=recipe.seed,
-            device=self._device,
             train_ids=train_ids,
-            on_epoch=self._report,
+            progress=HeadProgress(states, group, self._scale.checkpoint_seconds, tell),
         )
 
-    def _report(self) -> None:
-        self._done += 1
-        self._writer.write(self._done, self._total)
+    def _show(self) -> None:
+        total = sum(len(group) for group in self._done) * self._recipe.heads.epochs
+        self._writer.write(sum(self._done.values()), total)
 
 
-def open_bank(embedding: Artifact) -> Bank:
-    """The bank of an embedding store, mapped; where it has no views, the plain feature stands for them."""
-    arrays = {name: np.load(embedding.file(f"{name}.npy"), mmap_mode="r") for name in ("embedding", "plain")}
-    if embedding.manifest["views"] == 0:
-        return Bank(**arrays, weak=arrays["plain"], strong=arrays["plain"][None])
-    return Bank(
-        **arrays, **{name: np.load(embedding.file(f"{name}.npy"), mmap_mode="r") for name in ("weak", "strong")}
-    )
+class HeadPool:
+    """The actors of a stage 2; started when there is a head to train."""
 
+    def __init__(
+        self,
+        recipe: Recipe,
+        scale: Scale,
+        store: Artifact,
+        train_ids: NDArray[np.int64],
+        progress: Path,
+        finished: Path,
+    ) -> None:
+        """Heads that were trained are kept in the folder ``finished``; those found there are not trained again."""
+        self._recipe, self._scale, self._store = recipe, scale, store
+        self._train_ids, self._progress, self._finished = train_ids, progress, finished
 
-def share(bank: Bank) -> list[Shared]:
-    """Put the bank into the object store; arrays that are views of the same memory once."""
-    refs: dict[int, ray.ObjectRef[NDArray[np.float32]]] = {}
-    for array in bank:
-        address = array.__array_interface__["data"][0]
-        if address not in refs:
-            refs[address] = ray.put(np.asarray(array))
-    return [(refs[array.__array_interface__["data"][0]], array.shape) for array in bank]
+    def train(self, numbers: Sequence[int]) -> list[TrainedHead]:
+        """The heads of these numbers; which actor trains a head has no influence on it."""
+        heads = {index: head for index in numbers if (head := _read_head(self._finished, index)) is not None}
+        missing = [index for index in numbers if index not in heads]
+        running = self._begin(missing) if missing else {}
+        while running:
+            (ready, *_), _ = ray.wait(list(running))
+            group = running.pop(ready)
+            for index, head in zip(group, ray.get(ready), strict=True):
+                heads[index] = head
+                _keep_head(self._finished, index, head)
+            state_file(self._finished, group).unlink(missing_ok=True)
+        return [heads[index] for index in numbers]
 
+    def _begin(self, missing: list[int]) -> dict[Any, list[int]]:
+        actors = self._actors[: len(missing)]
+        running: dict[Any, list[int]] = {}
+        for place, actor in enumerate(actors):
+            share = missing[place :: len(actors)]
+            # Side by side on a GPU, each alone on a CPU.
+            groups = [share] if self._scale.head_gpus else [[index] for index in share]
+            actor.expect.remote(groups)
+            running |= {actor.train.remote(group, self._ids, self._finished): group for group in groups}
+        return running
 
-def num_actors(recipe: Recipe, scale: Scale, num_heads: int) -> int:
-    """One actor per head where the cluster has room, else as many as there is room for."""
-    return max(1, min(scale.head_actors or num_heads, num_heads, room(scale.cpus_per_worker, scale.head_gpus)))
-
-
-def train_heads(
-    recipe: Recipe, scale: Scale, bank: Bank, train_ids: NDArray[np.int64], progress: Path, finished: Path
-) -> list[TrainedHead]:
-    """Train all heads; which actor trains a head has no influence on it.
-
-    Heads that were trained are kept in the folder ``finished``, and those found there are not trained again.
-    """
-    heads = {index: head for index in range(recipe.heads.count) if (head := _read_head(finished, index)) is not None}
-    missing = [index for index in range(recipe.heads.count) if index not in heads]
-    if missing:
-        refs = share(bank)
-        count = num_actors(recipe, scale, len(missing))
+    @cached_property
+    def _actors(self) -> list[Any]:
+        scale = self._scale
         remote = ray.remote(HeadActor).options(
             num_cpus=scale.cpus_per_worker,
             num_gpus=scale.head_gpus,
             max_restarts=_RETRIES,
             max_task_retries=_RETRIES,
         )
-        shares = [missing[first::count] for first in range(count)]
-        actors = [remote.remote(recipe, scale, progress, f"actor-{n}", len(share)) for n, share in enumerate(shares)]
-        running = {
-            a.train.remote(refs, h, train_ids): h for a, share in zip(actors, shares, strict=True) for h in share
-        }
-        while running:
-            (ready, *_), _ = ray.wait(list(running))
-            index = running.pop(ready)
-            heads[index] = ray.get(ready)
-            _keep_head(finished, index, heads[index])
-    return [heads[index] for index in range(recipe.heads.count)]
+        place = BankPlace.choose(self._store, scale)
+        count = num_actors(scale, self._recipe.heads.count)
+        return [remote.remote(self._recipe, scale, place, self._progress, f"actor-{number}") for number in range(count)]
+
+    @cached_property
+    def _ids(self) -> "ray.ObjectRef[NDArray[np.int64]]":
+        return ray.put(self._train_ids)
+
+
+def num_actors(scale: Scale, num_heads: int) -> int:
+    """One actor per head where the cluster has room, else as many as there is room for."""
+    return max(1, min(scale.head_actors or num_heads, num_heads, room(scale.cpus_per_worker, scale.head_gpus)))
+
+
+def train_ensemble(pool: HeadPool, settings: Heads, num_clusters: int) -> list[TrainedHead]:
+    """Train ``heads.count`` heads, and up to ``heads.more`` others while every one so far has merged clusters."""
+    heads = pool.train(range(settings.count))
+    most = settings.count + settings.more
+    while len(heads) < most and min(head.loss for head in heads) > merged_loss(num_clusters):
+        heads += pool.train(range(len(heads), min(len(heads) + settings.count, most)))
+    return heads
 
 
 def _keep_head(folder: Path, index: int, head: TrainedHead) -> None:
@@ -140,6 +173,7 @@ def publish_heads(root: Path, print_: str, recipe: Recipe, bank: Bank, heads: li
             "chosen": chosen,
             "embed_dim": int(bank.plain.shape[1]),
             "num_clusters": recipe.num_clusters,
+            "num_merged": sum(head.loss > merged_loss(recipe.num_clusters) for head in heads),
             "losses": [head.loss for head in heads],
             "best_epochs": [head.best_epoch for head in heads],
             "losses_over_time": [head.losses for head in heads],
@@ -149,13 +183,13 @@ def publish_heads(root: Path, print_: str, recipe: Recipe, bank: Bank, heads: li
 
 
 @torch.inference_mode()
-def assign_by_head(head: ClusterHead, features: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def assign_by_head(head: ClusterHead, features: NDArray[np.floating]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """A head's cluster of every image and its probability: int64 (N,) and float32 (N,)."""
     labels = np.empty(len(features), np.int64)
     confidences = np.empty(len(features), np.float32)
     for start in range(0, len(features), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        probs = F.softmax(head(torch.from_numpy(np.array(features[rows]))), dim=1)
+        probs = F.softmax(head(torch.from_numpy(np.array(features[rows], np.float32))), dim=1)
         confidence, label = probs.max(dim=1)
         labels[rows], confidences[rows] = label.numpy(), confidence.numpy()
     return labels, confidences

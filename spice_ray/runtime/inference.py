@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from spice_ray.config import ImageRecipe, Scale
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, Bank, ShardFile
-from spice_ray.core.prototypes import unsupervised_loss
+from spice_ray.core.prototypes import equal_shares, quotas_of
+from spice_ray.core.unsupervised_loss import BLOCK_ROWS, unsupervised_loss
+from spice_ray.errors import TrainingError
 from spice_ray.readers.parts import images_of, read_column
 from spice_ray.runtime.data import Shards
 from spice_ray.runtime.reading import read_parts
@@ -28,6 +30,13 @@ from spice_ray.stages.embed import embed
 from spice_ray.storage import Artifact, publish
 
 Report = Callable[[int, int], None]
+LARGEST_FEATURE = float(np.finfo(np.float16).max)
+_DTYPES: dict[str, type[np.floating]] = {
+    "embedding": np.float32,
+    "plain": np.float16,
+    "weak": np.float16,
+    "strong": np.float16,
+}
 IDENTITY = ["sample_id", "source", "split"]
 """The columns of shards that say who a row is."""
 
@@ -135,9 +144,10 @@ def publish_embedding(
     def write(folder: Path) -> dict[str, Any]:
         # Rows of damaged files stay zero; no stage looks at them.
         shapes = {name: (shards.num_rows, width) for name in Bank._fields} | {"strong": (views, shards.num_rows, width)}
-        bank = Bank(**{name: new_array(folder / f"{name}.npy", shape) for name, shape in shapes.items()})
+        bank = Bank(**{name: new_array(folder / f"{name}.npy", shape, _DTYPES[name]) for name, shape in shapes.items()})
 
         def take(rows: pa.Table, values: NDArray[np.float32]) -> None:
+            _check_range(values)
             ids, parts = rows["sample_id"].to_numpy(), np.split(values, 3 + views, axis=1)
             bank.embedding[ids], bank.plain[ids], bank.weak[ids] = parts[:3]
             for view, part in enumerate(parts[3:]):
@@ -145,7 +155,7 @@ def publish_embedding(
 
         map_images(EmbedImages, job, shards, scale, take, report)
         for array in bank:
-            array.flush()  # type: ignore[attr-defined]
+            cast(np.memmap[Any, Any], array).flush()
         return {"num_images": shards.num_rows, "embed_dim": width, "views": views}
 
     return publish(root, EMBEDDING, print_, write)
@@ -165,7 +175,7 @@ def publish_assignments(
 
     def write(folder: Path) -> dict[str, Any]:
         logits = np.zeros((shards.num_rows, recipe.num_clusters), np.float32)
-        pooled: NDArray[np.float32] | None = None
+        pooled: NDArray[np.floating] | None = None
         identity: list[pa.Table] = []
 
         def take(rows: pa.Table, values: NDArray[np.float32]) -> None:
@@ -178,8 +188,7 @@ def publish_assignments(
 
         map_images(PredictImages, _job(joint, recipe, shards, scale), shards, scale, take, report)
         assert pooled is not None
-        train_ids = training_ids(shards)
-        loss = final_loss(torch.from_numpy(logits[train_ids]), torch.from_numpy(pooled[train_ids]), recipe)
+        loss = final_loss(logits, pooled, training_ids(shards), recipe)
         (folder / "pooled.npy").unlink()
         confidences, clusters = torch.from_numpy(logits).softmax(dim=1).max(dim=1)
         kept = read_reliable(reliable)
@@ -193,10 +202,25 @@ def publish_assignments(
     return publish(root, ASSIGNMENTS, print_, write)
 
 
-def final_loss(logits: torch.Tensor, pooled: torch.Tensor, recipe: ImageRecipe) -> float:
-    """The unsupervised loss of a trained classifier on its own embedding: what trials of a sweep are ranked by."""
-    embeddings = F.normalize(pooled, dim=1)
-    return float(unsupervised_loss(embeddings, logits, confident_fraction=recipe.heads.confident_fraction))
+def final_loss(
+    logits: NDArray[np.float32], pooled: NDArray[np.floating], train_ids: NDArray[np.int64], recipe: ImageRecipe
+) -> float:
+    """The unsupervised loss of a trained classifier on its own embedding: what trials of a sweep are ranked by.
+
+    Args:
+        logits: Of all images, (N, K).
+        pooled: Its features of all images, (N, D).
+        train_ids: Rows that count, int64.
+        recipe: The run's.
+    """
+    blocks = [train_ids[start : start + BLOCK_ROWS] for start in range(0, len(train_ids), BLOCK_ROWS)]
+    return unsupervised_loss(
+        lambda: (F.normalize(torch.from_numpy(pooled[rows]), dim=1) for rows in blocks),
+        torch.from_numpy(np.ascontiguousarray(logits[train_ids].T)),
+        quotas_of(
+            equal_shares(recipe.num_clusters), len(train_ids), confident_fraction=recipe.heads.confident_fraction
+        ),
+    )
 
 
 def training_ids(shards: Shards) -> NDArray[np.int64]:
@@ -235,6 +259,15 @@ def _job(model: Artifact, recipe: ImageRecipe, shards: Shards, scale: Scale) -> 
     return InferenceJob(model, recipe, shards.image_size, scale.cpus_per_worker, scale.gpus_per_worker > 0)
 
 
-def new_array(file: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def new_array(file: Path, shape: tuple[int, ...], dtype: type[np.floating] = np.float32) -> np.memmap[Any, Any]:
     """A mapped .npy file of zeros."""
-    return np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    return np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+
+
+def _check_range(pooled: NDArray[np.float32]) -> None:
+    largest = float(np.abs(pooled).max(initial=0))
+    if largest > LARGEST_FEATURE:
+        raise TrainingError(
+            f"the encoder gives features up to {largest:g}, and the heads take numbers up to {LARGEST_FEATURE:g}; "
+            "lower pretrain.lr, or scale the given weights of the encoder"
+        )

@@ -29,9 +29,16 @@ def image_budget(scale: Scale, device: torch.device, num_sharing: int) -> Budget
         on_host = int(scale.resident_memory * (1 << 30))
     if device.type != "cuda":
         return Budget(on_host, on_host)
-    free, _ = torch.cuda.mem_get_info(device)
-    on_device = int(free * _SHARE * min(1.0, scale.gpus_per_worker))
+    on_device = free_on_device(device, scale.gpus_per_worker)
     return Budget(on_device if scale.resident_memory is None else min(on_device, on_host), on_host)
+
+
+def free_on_device(device: torch.device, gpus: float) -> int:
+    """What one process that was given ``gpus`` GPUs may hold there, bytes; 0 where the device is none."""
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * _SHARE * min(1.0, gpus))
 
 
 def home_of(num_bytes: int, device: torch.device, budget: Budget) -> torch.device | None:

@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 
-from spice_ray.config import Recipe, Settings, perfect_loss
+from spice_ray.config import Recipe, Settings
 from spice_ray.contracts import HEADS, LABELS, RELIABLE
+from spice_ray.core.unsupervised_loss import perfect_loss
 from spice_ray.errors import DamagedError, StorageError
 from spice_ray.image_counts import num_neighbors
 from spice_ray.run_folder import RunFolder
+from spice_ray.runtime.bank import open_bank
 from spice_ray.runtime.data import Shards, open_shards
-from spice_ray.runtime.heads import open_bank, publish_heads, train_heads
+from spice_ray.runtime.heads import HeadPool, publish_heads, train_ensemble
 from spice_ray.runtime.inference import training_ids
 from spice_ray.runtime.progress import Done, Reporter, watched
 from spice_ray.runtime.reading import find_damaged
@@ -103,11 +105,10 @@ class Pipeline(ABC):
         settings = {"heads": settings_of(recipe.heads), "num_clusters": recipe.num_clusters, **self._common()}
 
         def make(print_: str, progress: Path, show: Show) -> None:
-            bank, ids = open_bank(embedding), training_ids(self.train_shards)
-            finished = self.run.checkpoints / f"heads-{print_}"
-            work = partial(train_heads, recipe, recipe.scale, bank, ids, progress, finished)
-            trained = watched(work, progress, show)
-            publish_heads(self._root, print_, recipe, bank, trained)
+            ids, finished = training_ids(self.train_shards), self.run.checkpoints / f"heads-{print_}"
+            pool = HeadPool(recipe, recipe.scale, embedding, ids, progress, finished)
+            trained = watched(partial(train_ensemble, pool, recipe.heads, recipe.num_clusters), progress, show)
+            publish_heads(self._root, print_, recipe, open_bank(embedding), trained)
             shutil.rmtree(finished, ignore_errors=True)
 
         return self._artifact(HEADS, "stage 2: clustering heads", "epochs", settings, [embedding], make)

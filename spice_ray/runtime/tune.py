@@ -184,9 +184,9 @@ def trial_loss(pipeline: ImagePipeline, joint: Artifact) -> float:
         predict(model, torch.from_numpy(images_of(table, shards.image_size).copy()).to(device), views)
         for table in tables
     ]
-    counts = torch.from_numpy(np.isin(readable_ids(shards), training_ids(shards)))
+    counted = np.flatnonzero(np.isin(readable_ids(shards), training_ids(shards)))
     logits, pooled = torch.cat([f.logits for f in found]), torch.cat([f.pooled for f in found])
-    return final_loss(logits[counts], pooled[counts], recipe)
+    return final_loss(logits.numpy(), pooled.numpy(), counted, recipe)
 
 
 def row_of(result: Any, settings: Sweep, recipe: ImageRecipe) -> dict[str, Any]:

@@ -1,32 +1,42 @@
-"""Stage 2: clustering heads are trained on the frozen embedding by prototype pseudo-labelling (SPICE III-B)."""
+"""Stage 2: clustering heads are trained on the frozen embedding by prototype pseudo-labelling (SPICE III-B).
+
+Heads that are trained in one call stand side by side in batched matrix products, which is what a GPU wants; on a CPU
+call with one head at a time, and it is the same to the bit whoever trains the others.
+"""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from spice_ray.config import Heads
-from spice_ray.contracts import Bank
-from spice_ray.core.heads import ClusterHead
+from spice_ray.core.heads import ClusterHead, HeadStack
 from spice_ray.core.order import permutation, stream_key
 from spice_ray.core.prototypes import (
     PseudoLabels,
+    Quotas,
+    cross_entropy_loss,
     double_softmax_loss,
+    equal_shares,
     exclusive_labels,
     negative_entropy,
     overlapping_labels,
     prototypes,
-    unsupervised_loss,
+    quotas_of,
 )
+from spice_ray.core.unsupervised_loss import BLOCK_ROWS, new_table, unsupervised_loss
 from spice_ray.errors import TrainingError
+from spice_ray.stages.features import Features
 
 TEMPERATURE = 0.2
 """Of the tempered cross-entropy ablation, in the E-step and the loss alike."""
+
+Classify = Callable[[Tensor], Tensor]
+"""From pooled features, (B, D), to logits, (B, K)."""
 
 
 class TrainedHead(NamedTuple):
@@ -40,105 +50,197 @@ class TrainedHead(NamedTuple):
     """The unsupervised loss after each epoch."""
 
 
-def train_head(
-    bank: Bank,
-    index: int,
+class HeadProgress(Protocol):
+    """What the training of heads needs from whoever runs it: a place to go on from, and somebody to tell."""
+
+    def restore(self) -> dict[str, Any] | None:
+        """The state of the last checkpoint of these heads, or None at the beginning."""
+        ...
+
+    def advance(self, num_epochs: int, snapshot: Callable[[], dict[str, Any]]) -> None:
+        """Called after each epoch with the number of those done; saves ``snapshot()`` when a checkpoint is due."""
+        ...
+
+
+def train_heads(
+    features: Features,
+    indices: Sequence[int],
     settings: Heads,
     *,
     num_clusters: int,
     seed: int,
-    device: torch.device,
     train_ids: NDArray[np.int64],
-    on_epoch: Callable[[], None],
-) -> TrainedHead:
-    """Train head number ``index``, which depends on the run's seed and its own number alone.
+    progress: HeadProgress,
+) -> list[TrainedHead]:
+    """Train the heads of these numbers, each of which depends on the run's seed and its own number alone.
 
     Args:
-        bank: The shared features; only ever gathered from.
-        index: h, 0..H-1.
+        features: The shared bank, and where to compute.
+        indices: Numbers of the heads, 0..H-1.
         settings: The recipe's stage 2.
         num_clusters: K.
         seed: The run's.
-        device: Where to compute.
         train_ids: Rows of the bank that may be trained on, int64.
-        on_epoch: Called after each epoch.
+        progress: Where to go on from.
 
     Returns:
-        The weights of the epoch with the least unsupervised loss, and that loss.
+        For each head the weights of the epoch with the least unsupervised loss, and that loss.
 
     Raises:
-        TrainingError: No epoch's loss is a number.
+        TrainingError: No epoch's loss of a head is a number.
     """
-    head = ClusterHead(bank.plain.shape[1], num_clusters, stream_key(seed, "head", index)).to(device)
-    optimizer = torch.optim.Adam(head.parameters(), lr=settings.lr)
-    round_size = min(settings.round_size, len(train_ids))
-    losses: list[float] = []
-    best: dict[str, Tensor] = {}
-    best_loss = math.inf
-    for epoch in range(settings.epochs):
-        order = train_ids[permutation(stream_key(seed, "head", index, epoch), len(train_ids))]
-        for number in range(len(order) // round_size):
-            rows = order[number * round_size : (number + 1) * round_size]
-            pseudo = label_round(head, bank, rows, settings)
-            key = stream_key(seed, "head", index, epoch, number)
-            fit_round(head, optimizer, bank, rows, pseudo, settings, key)
-        losses.append(evaluate_head(head, bank, train_ids, settings.confident_fraction))
-        if losses[-1] < best_loss:
-            best_loss = losses[-1]
-            best = {name: weight.detach().cpu().clone() for name, weight in head.state_dict().items()}
-        on_epoch()
-    if not best:
-        raise TrainingError(
-            f"head {index} has no loss that is a number in any of its {settings.epochs} epochs; lower heads.lr, or "
-            "pretrain.lr if the losses of stage 1 are no numbers either"
-        )
-    return TrainedHead(best, best_loss, losses.index(best_loss), losses)
+    group = _Group(features, indices, settings, num_clusters, seed, train_ids)
+    state = progress.restore()
+    if state is not None:
+        group.load(state)
+    while group.num_epochs < settings.epochs:
+        group.train_epoch()
+        progress.advance(group.num_epochs, group.state)
+    return group.trained()
+
+
+class _Group:
+    """Heads that are trained side by side."""
+
+    def __init__(
+        self,
+        features: Features,
+        indices: Sequence[int],
+        settings: Heads,
+        num_clusters: int,
+        seed: int,
+        train_ids: NDArray[np.int64],
+    ) -> None:
+        heads = [ClusterHead(features.width, num_clusters, stream_key(seed, "head", index)) for index in indices]
+        self._features, self._indices, self._settings, self._seed = features, indices, settings, seed
+        self._train_ids, self._num_clusters = train_ids, num_clusters
+        self._stack = HeadStack(heads).to(features.device)
+        self._optimizer = torch.optim.Adam(self._stack.parameters(), lr=settings.lr, fused=True)
+        self._losses: list[list[float]] = [[] for _ in indices]
+        self._best: list[dict[str, Tensor]] = [{} for _ in indices]
+
+    @property
+    def num_epochs(self) -> int:
+        return len(self._losses[0])
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "stack": self._stack.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "losses": self._losses,
+            "best": self._best,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._stack.load_state_dict(state["stack"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._losses, self._best = state["losses"], state["best"]
+
+    def train_epoch(self) -> None:
+        epoch, round_size = self.num_epochs, min(self._settings.round_size, len(self._train_ids))
+        keys = [("head", index, epoch) for index in self._indices]
+        orders = [self._train_ids[permutation(stream_key(self._seed, *key), len(self._train_ids))] for key in keys]
+        for number in range(len(self._train_ids) // round_size):
+            # Sorted, so that a bank on a disk is read from front to back.
+            rows = [np.sort(order[number * round_size : (number + 1) * round_size]) for order in orders]
+            pseudo = [
+                label_round(self._classify(place), self._features, rows[place], self._settings, self._num_clusters)
+                for place in range(len(self._indices))
+            ]
+            round_keys = [stream_key(self._seed, *key, number) for key in keys]
+            fit_round(self._stack, self._optimizer, self._features, rows, pseudo, self._settings, round_keys)
+        for place in range(len(self._indices)):
+            self._judge(place)
+
+    def trained(self) -> list[TrainedHead]:
+        return [self._trained(place) for place in range(len(self._indices))]
+
+    def _classify(self, place: int) -> Classify:
+        return lambda pooled: self._stack.logits_of(place, pooled)
+
+    def _judge(self, place: int) -> None:
+        losses = self._losses[place]
+        loss = evaluate_head(self._classify(place), self._features, self._train_ids, self._settings, self._num_clusters)
+        if loss < min(losses, default=math.inf):
+            self._best[place] = self._stack.weights_of(place)
+        losses.append(loss)
+
+    def _trained(self, place: int) -> TrainedHead:
+        losses, index = self._losses[place], self._indices[place]
+        if not self._best[place]:
+            raise TrainingError(
+                f"head {index} has no loss that is a number in any of its {self._settings.epochs} epochs; lower "
+                "heads.lr, or pretrain.lr if the losses of stage 1 are no numbers either"
+            )
+        loss = min(loss for loss in losses if not math.isnan(loss))
+        return TrainedHead(self._best[place], loss, losses.index(loss), losses)
 
 
 @torch.no_grad()
-def label_round(head: ClusterHead, bank: Bank, rows: NDArray[np.int64], settings: Heads) -> PseudoLabels:
+def label_round(
+    classify: Classify, features: Features, rows: NDArray[np.int64], settings: Heads, num_clusters: int
+) -> PseudoLabels:
     """E-step: probabilities of weak views choose prototypes, prototypes choose the pseudo-labels."""
-    device = next(head.parameters()).device
-    logits = head(_gather(bank.weak, rows, device))
+    logits = classify(features.view(settings.label_view, rows))
     if settings.loss == "tempered":
         logits = logits / TEMPERATURE
-    embeddings = _gather(bank.embedding, rows, device)
-    centres = prototypes(embeddings, logits.softmax(dim=1), confident_fraction=settings.confident_fraction)
+    embeddings = features.embedding(rows)
+    quotas = _quotas(len(rows), settings, num_clusters)
+    centres = prototypes(embeddings, logits.softmax(dim=1), quotas.confident)
     assign = exclusive_labels if settings.assignment == "exclusive" else overlapping_labels
-    return assign(embeddings, centres)
+    return assign(embeddings, centres, quotas.labelled)
 
 
 def fit_round(
-    head: ClusterHead,
+    stack: HeadStack,
     optimizer: torch.optim.Optimizer,
-    bank: Bank,
-    rows: NDArray[np.int64],
-    pseudo: PseudoLabels,
+    features: Features,
+    rows: Sequence[NDArray[np.int64]],
+    pseudo: Sequence[PseudoLabels],
     settings: Heads,
-    key: int,
+    keys: Sequence[int],
 ) -> None:
-    """M-step: ``repeats`` passes over the pseudo-labelled rows, each on one of the strong views."""
-    device = next(head.parameters()).device
-    indices, labels = pseudo.indices.cpu().numpy(), pseudo.labels
+    """M-step: ``repeats`` passes over the pseudo-labelled rows, each on one of the strong views.
+
+    Args:
+        stack: H heads.
+        optimizer: Of the stack.
+        features: The shared bank.
+        rows: For each head the rows of the bank in this round, int64, (M,).
+        pseudo: For each head the labels of this round, equally many.
+        settings: The recipe's stage 2.
+        keys: For each head what this round's randomness is counted by.
+    """
     for repeat in range(settings.repeats):
-        view = bank.strong[stream_key(key, "view", repeat) % len(bank.strong)]
-        order = permutation(stream_key(key, "repeat", repeat), len(indices))
-        for start in range(0, len(order), settings.batch_size):
-            chosen = order[start : start + settings.batch_size]
-            logits = head(_gather(view, rows[indices[chosen]], device))
-            loss = _loss(logits, labels[torch.from_numpy(chosen).to(device)], settings)
+        parts = [_pass(features, *of_head, settings, repeat) for of_head in zip(rows, pseudo, keys, strict=True)]
+        pooled, labels = (torch.stack(part) for part in zip(*parts, strict=True))
+        for batch in zip(
+            pooled.split(settings.batch_size, dim=1), labels.split(settings.batch_size, dim=1), strict=True
+        ):
+            loss = _loss(stack(batch[0]), batch[1], settings)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
 
 
 @torch.no_grad()
-def evaluate_head(head: ClusterHead, bank: Bank, rows: NDArray[np.int64], confident_fraction: float) -> float:
+def evaluate_head(
+    classify: Classify, features: Features, rows: NDArray[np.int64], settings: Heads, num_clusters: int
+) -> float:
     """The unsupervised loss over ``rows``, on plain views."""
-    device = next(head.parameters()).device
-    embeddings = _gather(bank.embedding, rows, device)
-    logits = head(_gather(bank.plain, rows, device))
-    return float(unsupervised_loss(embeddings, logits, confident_fraction=confident_fraction))
+    table = new_table(num_clusters, len(rows), features.device)
+    blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, len(rows), BLOCK_ROWS)]
+    for block in blocks:
+        table[:, block] = classify(features.view("plain", rows[block])).T
+    return unsupervised_loss(
+        lambda: (features.embedding(rows[block]) for block in blocks),
+        table,
+        _quotas(len(rows), settings, num_clusters),
+    )
+
+
+def _quotas(num_samples: int, settings: Heads, num_clusters: int) -> Quotas:
+    return quotas_of(equal_shares(num_clusters), num_samples, confident_fraction=settings.confident_fraction)
 
 
 def choose_head(heads: list[TrainedHead]) -> int:
@@ -146,19 +248,26 @@ def choose_head(heads: list[TrainedHead]) -> int:
     return min(range(len(heads)), key=lambda h: (heads[h].loss, h))
 
 
+def _pass(
+    features: Features, rows: NDArray[np.int64], pseudo: PseudoLabels, key: int, settings: Heads, repeat: int
+) -> tuple[Tensor, Tensor]:
+    """A head's pooled features and labels for one pass, in the order of the pass."""
+    view = stream_key(key, "view", repeat) % features.num_strong
+    order = torch.from_numpy(permutation(stream_key(key, "repeat", repeat), len(pseudo.labels))).to(features.device)
+    pooled = features.view(settings.train_view, rows, view)
+    return pooled[pseudo.indices[order]], pseudo.labels[order]
+
+
 def _loss(logits: Tensor, labels: Tensor, settings: Heads) -> Tensor:
+    """The sum over heads of each one's mean loss, so that no head's gradient depends on another; (H, B, K), (H, B)."""
     match settings.loss:
         case "double_softmax":
-            loss = double_softmax_loss(logits, labels).mean()
+            losses = double_softmax_loss(logits, labels)
         case "cross_entropy":
-            loss = F.cross_entropy(logits, labels)
+            losses = cross_entropy_loss(logits, labels)
         case "tempered":
-            loss = F.cross_entropy(logits / TEMPERATURE, labels)
+            losses = cross_entropy_loss(logits / TEMPERATURE, labels)
+    loss = losses.mean(dim=1).sum()
     if settings.entropy_weight:
-        loss = loss + settings.entropy_weight * negative_entropy(logits.softmax(dim=1))
+        loss = loss + settings.entropy_weight * negative_entropy(logits.softmax(dim=-1)).sum()
     return loss
-
-
-def _gather(array: NDArray[np.float32], rows: NDArray[np.int64], device: torch.device) -> Tensor:
-    # Fancy indexing copies: the bank is shared memory and must never be written through a tensor.
-    return torch.from_numpy(array[rows]).to(device, non_blocking=True)

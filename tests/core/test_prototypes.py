@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from spice_ray.core.prototypes import (
     double_softmax_loss,
+    equal_shares,
     exclusive_labels,
     negative_entropy,
     overlapping_labels,
     prototypes,
-    unsupervised_loss,
+    quotas_of,
 )
 
 
@@ -26,6 +27,15 @@ def random_round(samples: int, clusters: int, width: int, seed: int) -> tuple[Te
 
 def by_cluster(indices: Tensor, labels: Tensor, clusters: int) -> list[set[int]]:
     return [set(indices[labels == k].tolist()) for k in range(clusters)]
+
+
+def equal(embeddings: Tensor, clusters: int) -> Tensor:
+    return quotas_of(equal_shares(clusters), len(embeddings), confident_fraction=1).labelled
+
+
+def centres_of(embeddings: Tensor, probs: Tensor, fraction: float) -> Tensor:
+    quotas = quotas_of(equal_shares(probs.shape[1]), len(embeddings), confident_fraction=fraction)
+    return prototypes(embeddings, probs, quotas.confident)
 
 
 def slow_prototypes(embeddings: Tensor, probs: Tensor, count: int) -> list[list[float]]:
@@ -66,14 +76,14 @@ def toy() -> tuple[Tensor, Tensor]:
 
 def test_prototypes_of_the_papers_toy_are_the_means_of_the_three_most_confident():
     embeddings, probs = toy()
-    centres = prototypes(embeddings, probs, confident_fraction=1.0)
+    centres = centres_of(embeddings, probs, 1.0)
     expected = torch.stack([embeddings[[0, 1, 8]], embeddings[[3, 4, 5]], embeddings[[6, 7, 9]]]).mean(dim=1)
     torch.testing.assert_close(centres, expected)
 
 
 def test_pseudo_labels_of_the_papers_toy_follow_the_prototypes_and_not_the_probabilities():
     embeddings, probs = toy()
-    pseudo = overlapping_labels(embeddings, prototypes(embeddings, probs, confident_fraction=1.0))
+    pseudo = overlapping_labels(embeddings, centres_of(embeddings, probs, 1.0), equal(embeddings, 3))
     # Cluster 0's centre points to -24.1 degrees, cluster 1's to 130, cluster 2's to 225.8.
     assert by_cluster(*pseudo, 3) == [{0, 1, 2}, {3, 4, 5}, {6, 7, 8}]
     assert pseudo.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
@@ -87,10 +97,10 @@ def test_pseudo_labels_of_the_papers_toy_follow_the_prototypes_and_not_the_proba
 def test_the_e_step_is_the_slow_twin(samples, clusters, fraction, count):
     for seed in range(3):
         embeddings, probs = random_round(samples, clusters, 8, seed)
-        centres = prototypes(embeddings, probs, confident_fraction=fraction)
+        centres = centres_of(embeddings, probs, fraction)
         expected = slow_prototypes(embeddings, probs, count)
         torch.testing.assert_close(centres, torch.tensor(expected, dtype=torch.float64))
-        pseudo = overlapping_labels(embeddings, centres)
+        pseudo = overlapping_labels(embeddings, centres, equal(embeddings, probs.shape[1]))
         nearest = [slow_nearest(embeddings, centre, samples // clusters) for centre in expected]
         assert by_cluster(*pseudo, clusters) == nearest
 
@@ -99,7 +109,7 @@ def test_the_e_step_is_the_slow_twin(samples, clusters, fraction, count):
 @pytest.mark.parametrize(("samples", "clusters"), [(12, 3), (14, 3), (13, 12), (5, 5), (9, 2)])
 def test_every_cluster_gets_the_whole_part_of_its_share(assign, samples, clusters):
     embeddings, probs = random_round(samples, clusters, 4, 0)
-    pseudo = assign(embeddings, prototypes(embeddings, probs, confident_fraction=0.5))
+    pseudo = assign(embeddings, centres_of(embeddings, probs, 0.5), equal(embeddings, clusters))
     assert pseudo.indices.dtype == pseudo.labels.dtype == torch.int64
     assert torch.bincount(pseudo.labels, minlength=clusters).tolist() == [samples // clusters] * clusters
     assert [len(members) for members in by_cluster(*pseudo, clusters)] == [samples // clusters] * clusters
@@ -107,7 +117,7 @@ def test_every_cluster_gets_the_whole_part_of_its_share(assign, samples, cluster
 
 def test_two_clusters_with_one_prototype_claim_the_same_samples():
     embeddings, _ = random_round(10, 2, 4, 0)
-    pseudo = overlapping_labels(embeddings, embeddings[:1].expand(2, -1))
+    pseudo = overlapping_labels(embeddings, embeddings[:1].expand(2, -1), equal(embeddings, 2))
     first, second = by_cluster(*pseudo, 2)
     assert first == second
 
@@ -116,42 +126,72 @@ def test_two_clusters_with_one_prototype_claim_the_same_samples():
 @pytest.mark.parametrize(("samples", "clusters"), [(12, 3), (14, 3), (9, 9), (30, 4)])
 def test_exclusive_labels_give_no_sample_twice(samples, clusters, seed):
     embeddings, probs = random_round(samples, clusters, 4, seed)
-    pseudo = exclusive_labels(embeddings, prototypes(embeddings, probs, confident_fraction=1.0))
+    pseudo = exclusive_labels(embeddings, centres_of(embeddings, probs, 1.0), equal(embeddings, clusters))
     assert len(set(pseudo.indices.tolist())) == len(pseudo.indices) == clusters * (samples // clusters)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_exclusive_labels_are_the_greedy_slow_twin(seed):
     embeddings, probs = random_round(17, 4, 5, seed)
-    centres = prototypes(embeddings, probs, confident_fraction=1.0)
+    centres = centres_of(embeddings, probs, 1.0)
     cosines = embeddings @ F.normalize(centres, dim=1).T
     members: list[set[int]] = [set() for _ in range(4)]
     for _, i, k in sorted((-cosines[i, k].item(), i, k) for i in range(17) for k in range(4)):
         if len(members[k]) < 4 and not any(i in other for other in members):
             members[k].add(i)
-    assert by_cluster(*exclusive_labels(embeddings, centres), 4) == members
+    assert by_cluster(*exclusive_labels(embeddings, centres, equal(embeddings, 4)), 4) == members
 
 
 def test_exclusive_labels_prefer_no_prototype_for_its_length():
     embeddings = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     centres = torch.tensor([[0.1, 0.0], [30.0, 40.0]])  # the second is longer, but the first is nearer to row 0
-    assert by_cluster(*exclusive_labels(embeddings, centres), 2) == [{0}, {1}]
+    assert by_cluster(*exclusive_labels(embeddings, centres, equal(embeddings, 2)), 2) == [{0}, {1}]
 
 
 @pytest.mark.parametrize("assign", [overlapping_labels, exclusive_labels])
 def test_samples_that_are_all_alike_still_fill_every_cluster(assign):
     embeddings = F.normalize(torch.ones(11, 4), dim=1)
-    pseudo = assign(embeddings, prototypes(embeddings, torch.full((11, 3), 1 / 3), confident_fraction=0.5))
+    pseudo = assign(embeddings, centres_of(embeddings, torch.full((11, 3), 1 / 3), 0.5), equal(embeddings, 3))
     assert [len(members) for members in by_cluster(*pseudo, 3)] == [3, 3, 3]
+
+
+def test_quotas_are_the_whole_parts_of_the_shares_and_never_none():
+    shares = torch.tensor([0.5, 0.3, 0.19, 0.01], dtype=torch.float64)
+    assert [q.tolist() for q in quotas_of(shares, 30, confident_fraction=0.5)] == [[7, 4, 2, 1], [15, 9, 5, 1]]
+    # 0.1 * 30 is a little more than 3 and 0.1 * 3 a little less than it seems; ten equal shares of 30 are 3 each.
+    for clusters in range(2, 60):
+        for each in (1, 2, 3, 7, 100):
+            quotas = quotas_of(equal_shares(clusters), clusters * each, confident_fraction=1)
+            assert quotas.labelled.tolist() == quotas.confident.tolist() == [each] * clusters
+
+
+QUOTAS = torch.tensor([1, 7, 4])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_quotas_of_unequal_size_are_the_slow_twins(seed):
+    embeddings, probs = random_round(14, 3, 4, seed)
+    centres = prototypes(embeddings, probs, torch.tensor([1, 3, 2]))
+    for k, count in enumerate((1, 3, 2)):
+        assert centres[k].tolist() == pytest.approx(slow_prototypes(embeddings, probs, count)[k])
+    claimed = by_cluster(*overlapping_labels(embeddings, centres, QUOTAS), 3)
+    assert claimed == [slow_nearest(embeddings, centres[k].tolist(), int(QUOTAS[k])) for k in range(3)]
+
+
+def test_exclusive_labels_keep_to_unequal_quotas():
+    embeddings, probs = random_round(14, 3, 4, 0)
+    pseudo = exclusive_labels(embeddings, prototypes(embeddings, probs, QUOTAS), QUOTAS)
+    assert torch.bincount(pseudo.labels).tolist() == QUOTAS.tolist()
+    assert len(set(pseudo.indices.tolist())) == len(pseudo.indices) == 12
 
 
 def test_inputs_are_left_as_they_were():
     embeddings, probs = random_round(20, 4, 5, 0)
     before = embeddings.clone(), probs.clone()
-    centres = prototypes(embeddings, probs, confident_fraction=0.5)
+    centres = centres_of(embeddings, probs, 0.5)
     kept = centres.clone()
-    overlapping_labels(embeddings, centres)
-    exclusive_labels(embeddings, centres)
+    overlapping_labels(embeddings, centres, equal(embeddings, 4))
+    exclusive_labels(embeddings, centres, equal(embeddings, 4))
     assert torch.equal(embeddings, before[0])
     assert torch.equal(probs, before[1])
     assert torch.equal(centres, kept)
@@ -184,36 +224,6 @@ def test_the_gradient_of_double_softmax_is_at_most_half():
     double_softmax_loss(logits, labels).sum().backward()
     assert logits.grad.abs().max() <= 0.5
     assert logits.grad.abs().max() > 0.1
-
-
-@pytest.mark.parametrize(("clusters", "each"), [(2, 5), (3, 4), (10, 3)])
-def test_unsupervised_loss_of_perfect_clusters_is_its_least_value(clusters, each):
-    labels = torch.arange(clusters).repeat(each)
-    embeddings = torch.eye(clusters)[labels]
-    logits = 100 * torch.eye(clusters)[labels]
-    loss = unsupervised_loss(embeddings, logits, confident_fraction=0.5)
-    assert loss.item() == pytest.approx(math.log(1 + (clusters - 1) / math.e), rel=1e-6)
-
-
-def test_unsupervised_loss_rises_with_every_wrong_or_unsure_row():
-    labels = torch.arange(3).repeat(6)
-    embeddings, sure = torch.eye(3)[labels], 100 * torch.eye(3)[labels]
-    best = unsupervised_loss(embeddings, sure, confident_fraction=0.5)
-    unsure, wrong = sure.clone(), sure.clone()
-    unsure[17] = 0
-    wrong[17] = wrong[16]
-    assert best < unsupervised_loss(embeddings, unsure, confident_fraction=0.5)
-    assert best < unsupervised_loss(embeddings, wrong, confident_fraction=0.5)
-
-
-def test_unsupervised_loss_is_high_where_all_lie_in_one_cluster():
-    generator = torch.Generator().manual_seed(0)
-    embeddings = F.normalize(torch.randn(30, 5, generator=generator), dim=1)
-    logits = torch.zeros(30, 3)
-    logits[:, 0] = 100
-    perfect = math.log(1 + 2 / math.e)
-    # Each third of the pseudo-labels is right only in cluster 0.
-    assert unsupervised_loss(embeddings, logits, confident_fraction=0.5).item() == pytest.approx(perfect + 2 / 3)
 
 
 def test_negative_entropy_is_least_for_clusters_of_equal_size_and_0_for_one():

@@ -1,3 +1,6 @@
+"""Stage 2 on Ray: whoever trains a head, and wherever it finds the bank, it becomes the same."""
+
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -5,32 +8,47 @@ import pytest
 import torch
 
 from spice_ray.config import Recipe, Scale
-from spice_ray.contracts import Bank
+from spice_ray.contracts import EMBEDDING
 from spice_ray.core.heads import ClusterHead
+from spice_ray.core.unsupervised_loss import merged_loss
+from spice_ray.errors import StorageError
 from spice_ray.recipe import load_recipe
-from spice_ray.runtime.heads import assign_by_head, train_heads
+from spice_ray.runtime.bank import BankPlace, bank_bytes, open_bank
+from spice_ray.runtime.head_progress import HeadProgress, state_file
+from spice_ray.runtime.heads import HeadPool, assign_by_head, train_ensemble
 from spice_ray.stages.train_heads import TrainedHead
+from spice_ray.storage import Artifact, publish
 
 NUM_IMAGES, WIDTH = 120, 8
 
 
-def recipe() -> Recipe:
-    settings = ("num_clusters=3", "heads.count=4", "heads.epochs=3", "heads.views=2", "heads.round_size=60")
-    return load_recipe("digits", list(settings))
+def recipe(*settings: str) -> Recipe:
+    small = ("num_clusters=3", "heads.count=4", "heads.epochs=3", "heads.views=2", "heads.round_size=60")
+    return load_recipe("digits", [*small, *settings])
 
 
-def bank() -> Bank:
+@pytest.fixture
+def store(tmp_path: Path) -> Artifact:
     generator = np.random.default_rng(0)
     centres = generator.normal(size=(3, WIDTH)) * 3
-    rows = np.float32(centres[np.arange(NUM_IMAGES) % 3] + generator.normal(size=(NUM_IMAGES, WIDTH)))
-    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return Bank(unit, rows, rows + np.float32(0.01), np.stack([rows, rows - np.float32(0.01)]))
+    rows = np.float16(centres[np.arange(NUM_IMAGES) % 3] + generator.normal(size=(NUM_IMAGES, WIDTH)))
+    unit = np.float32(rows / np.linalg.norm(np.float32(rows), axis=1, keepdims=True))
+    arrays = {"embedding": unit, "plain": rows, "weak": rows + np.float16(0.01)}
+    arrays["strong"] = np.stack([rows, rows - np.float16(0.01)])
+
+    def write(folder: Path) -> dict[str, int]:
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array)
+        return {"views": 2}
+
+    return publish(tmp_path, EMBEDDING, "a", write)
 
 
-def train(folder: Path, actors: int) -> list[TrainedHead]:
+def train(store: Artifact, folder: Path, scale: Scale, *settings: str) -> list[TrainedHead]:
     (folder / "progress").mkdir(parents=True, exist_ok=True)
-    scale = Scale(head_actors=actors)
-    return train_heads(recipe(), scale, bank(), np.arange(NUM_IMAGES), folder / "progress", folder / "finished")
+    made = recipe(*settings)
+    pool = HeadPool(made, scale, store, np.arange(NUM_IMAGES), folder / "progress", folder / "finished")
+    return train_ensemble(pool, made.heads, made.num_clusters)
 
 
 def same(first: TrainedHead, second: TrainedHead) -> bool:
@@ -39,8 +57,11 @@ def same(first: TrainedHead, second: TrainedHead) -> bool:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_heads_do_not_depend_on_their_actors_and_are_trained_once(tmp_path: Path) -> None:
-    one, two = train(tmp_path / "one", 1), train(tmp_path / "two", 2)
+def test_heads_depend_neither_on_actors_nor_on_the_banks_place_and_are_trained_once(
+    store: Artifact, tmp_path: Path
+) -> None:
+    one = train(store, tmp_path / "one", Scale(head_actors=1))
+    two = train(store, tmp_path / "two", Scale(head_actors=2, bank_memory=0))
     assert len(one) == 4
     assert all(same(first, second) for first, second in zip(one, two, strict=True))
     assert not same(one[0], one[1])
@@ -50,9 +71,83 @@ def test_heads_do_not_depend_on_their_actors_and_are_trained_once(tmp_path: Path
     kept = {file: file.stat().st_mtime_ns for file in finished.iterdir() if file.name[:3] in ("000", "002")}
     for name in ("001.json", "003.json", "003.safetensors"):
         (finished / name).unlink()
-    again = train(tmp_path / "two", 1)
+    again = train(store, tmp_path / "two", Scale(head_actors=1))
     assert all(same(first, second) for first, second in zip(one, again, strict=True))
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert not list(finished.glob("state-*"))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_bank_is_put_into_the_object_store_where_it_is_allowed_and_else_mapped(store: Artifact) -> None:
+    bank = open_bank(store)
+    size = bank_bytes(bank)
+    assert size == NUM_IMAGES * WIDTH * (4 + 2 + 2 + 2 * 2)
+    for allowed, is_shared in ((size, True), (size - 1, False), (0, False)):
+        place = BankPlace.choose(store, Scale(bank_memory=allowed / (1 << 30)))
+        assert (place.shared is not None) is is_shared
+        for found, expected in zip(place.open(), bank, strict=True):
+            assert found.dtype == expected.dtype
+            assert np.array_equal(found, expected)
+    assert BankPlace.choose(store, Scale()).shared is not None
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_bank_without_views_takes_the_memory_of_its_two_arrays(store: Artifact) -> None:
+    viewless = replace(store, manifest={**store.manifest, "views": 0})
+    bank = open_bank(viewless)
+    assert bank_bytes(bank) == NUM_IMAGES * WIDTH * (4 + 2)
+    place = BankPlace.choose(viewless, Scale())
+    assert place.shared is not None
+    assert len({ref for ref, _ in place.shared}) == 2
+    assert np.array_equal(place.open().strong, bank.plain[None])
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_more_heads_are_trained_only_while_every_head_has_merged_clusters(store: Artifact, tmp_path: Path) -> None:
+    one = Scale(head_actors=1)
+    apart = train(store, tmp_path / "apart", one, "heads.epochs=8", "heads.count=2", "heads.more=3")
+    assert min(head.loss for head in apart) <= merged_loss(3)
+    assert len(apart) == 2
+
+    # A learning rate that teaches nothing: no head can be sure of anything.
+    idle = ("heads.epochs=1", "heads.lr=1e-9", "heads.count=2", "heads.more=3")
+    vague = train(store, tmp_path / "vague", one, *idle)
+    assert min(head.loss for head in vague) > merged_loss(3)
+    assert len({head.loss for head in vague}) == len(vague) == 5
+
+
+# Going on
+
+
+def state(num_epochs: int) -> dict[str, object]:
+    return {"losses": [[0.5] * num_epochs, [0.25] * num_epochs]}
+
+
+def test_a_state_is_written_when_it_is_due_and_read_again(tmp_path: Path) -> None:
+    told: list[int] = []
+    HeadProgress(tmp_path, [4, 7], 1000, told.append).advance(1, lambda: state(1))
+    assert not state_file(tmp_path, [4, 7]).exists()
+    assert HeadProgress(tmp_path, [4, 7], 0.0, told.append).restore() is None
+    HeadProgress(tmp_path / "new", [4, 7], 1e-9, told.append).advance(3, lambda: state(3))
+    assert told == [2, 6]
+    assert HeadProgress(tmp_path / "new", [4, 7], 1, told.append).restore() == state(3)
+    assert told == [2, 6, 6]
+    assert HeadProgress(tmp_path / "new", [4], 1, told.append).restore() is None
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["state-004-007.pt"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"not a state"])
+def test_a_damaged_state_means_to_begin_again(tmp_path: Path, damage: bytes) -> None:
+    HeadProgress(tmp_path, [0], 1e-9, lambda _: None).advance(1, lambda: state(1))
+    state_file(tmp_path, [0]).write_bytes(damage)
+    assert HeadProgress(tmp_path, [0], 1, lambda _: None).restore() is None
+
+
+def test_a_state_that_cannot_be_written_is_an_error_of_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "occupied").write_text("")
+    progress = HeadProgress(tmp_path / "occupied", [0], 1e-9, lambda _: None)
+    with pytest.raises(StorageError, match=r"occupied.*state-000\.pt was not written .*; make room"):
+        progress.advance(1, lambda: state(1))
 
 
 def test_a_heads_assignment_is_its_most_probable_cluster() -> None:

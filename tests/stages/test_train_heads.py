@@ -1,6 +1,7 @@
 """Stage 2: what a head depends on, what it returns, and that it finds clusters."""
 
 import hashlib
+import io
 import math
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from spice_ray.config import Heads
 from spice_ray.contracts import Bank
 from spice_ray.core.heads import ClusterHead
 from spice_ray.errors import TrainingError
-from spice_ray.stages.train_heads import TrainedHead, choose_head, evaluate_head, label_round, train_head
+from spice_ray.stages.features import Features
+from spice_ray.stages.train_heads import TrainedHead, choose_head, evaluate_head, label_round, train_heads
 
 CPU = torch.device("cpu")
 SEED, CLUSTERS, COUNT, WIDTH = 4, 5, 400, 16
@@ -26,6 +28,8 @@ ABLATIONS = [
     {"loss": "cross_entropy"},
     {"loss": "tempered"},
     {"entropy_weight": 1.0},
+    {"label_view": "strong"},
+    {"train_view": "weak"},
 ]
 
 
@@ -48,17 +52,43 @@ def settings(**changes: Any) -> Heads:
     return Heads(**({"epochs": 4, "round_size": 130, "repeats": 2, "batch_size": 32, "lr": 0.005} | changes))
 
 
-def train(bank: Bank, index: int = 0, *, train_ids: NDArray[np.int64] | None = None, **changes: Any) -> TrainedHead:
-    return train_head(
-        bank,
-        index,
+class Epochs:
+    """Keeps every state, and goes on from one."""
+
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        self.state, self.states = state, dict[int, dict[str, Any]]()
+
+    def restore(self) -> dict[str, Any] | None:
+        return self.state
+
+    def advance(self, num_epochs: int, snapshot: Any) -> None:
+        file = io.BytesIO()
+        torch.save(snapshot(), file)
+        self.states[num_epochs] = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+
+
+def train_together(
+    bank: Bank,
+    indices: list[int],
+    *,
+    train_ids: NDArray[np.int64] | None = None,
+    progress: Epochs | None = None,
+    resident: bool = False,
+    **changes: Any,
+) -> list[TrainedHead]:
+    return train_heads(
+        Features(bank, CPU, resident=resident),
+        indices,
         settings(**changes),
         num_clusters=CLUSTERS,
         seed=SEED,
-        device=CPU,
         train_ids=np.arange(len(bank.plain)) if train_ids is None else train_ids,
-        on_epoch=lambda: None,
+        progress=progress or Epochs(),
     )
+
+
+def train(bank: Bank, index: int = 0, **options: Any) -> TrainedHead:
+    return train_together(bank, [index], **options)[0]
 
 
 def digest(trained: TrainedHead) -> str:
@@ -145,7 +175,7 @@ def test_the_weights_returned_are_the_best_epochs(bank, lr):
     assert len(trained.losses) == 6
     assert trained.loss == min(trained.losses)
     assert trained.best_epoch == trained.losses.index(trained.loss)
-    recomputed = evaluate_head(head_of(trained), bank, np.arange(COUNT), 0.5)
+    recomputed = evaluate_head(head_of(trained), Features(bank, CPU), np.arange(COUNT), settings(), CLUSTERS)
     assert recomputed == trained.loss
 
 
@@ -158,18 +188,42 @@ def test_later_epochs_leave_the_earlier_ones_as_they_were_and_the_best_may_not_b
 
 
 def test_every_epoch_is_reported(bank):
-    epochs = []
-    train_head(
-        bank,
-        0,
-        settings(epochs=3, repeats=1),
-        num_clusters=CLUSTERS,
-        seed=SEED,
-        device=CPU,
-        train_ids=np.arange(COUNT),
-        on_epoch=lambda: epochs.append(None),
-    )
-    assert len(epochs) == 3
+    progress = Epochs()
+    train(bank, epochs=3, repeats=1, progress=progress)
+    assert list(progress.states) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("epoch", [1, 3, 4])
+def test_training_goes_on_from_a_saved_state_to_the_bit(bank, epoch):
+    progress = Epochs()
+    whole = train(bank, lr=0.2, progress=progress)
+    again = Epochs(progress.states[epoch])
+    assert digest(train(bank, lr=0.2, progress=again)) == digest(whole)
+    assert list(again.states) == list(range(epoch + 1, 5))
+
+
+# Side by side
+
+
+@pytest.mark.parametrize("changes", ABLATIONS)
+def test_heads_side_by_side_are_those_trained_alone(bank, changes):
+    # 3 rounds x 2 repeats x 4 batches x 4 epochs: 96 steps.
+    together = train_together(bank, [4, 0, 2], **changes)
+    for index, found in zip([4, 0, 2], together, strict=True):
+        alone = train(bank, index, **changes)
+        assert found.losses == pytest.approx(alone.losses, abs=1e-5)
+        assert found.best_epoch == alone.best_epoch
+        for name, weight in alone.weights.items():
+            torch.testing.assert_close(found.weights[name], weight, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bank_that_was_copied_to_the_device_gives_the_same_head(bank):
+    assert digest(train(bank, resident=True)) == digest(train(bank))
+
+
+def test_a_bank_of_half_precision_gives_nearly_the_same_losses(bank):
+    halved = bank._replace(**{name: getattr(bank, name).astype(np.float16) for name in ("plain", "weak", "strong")})
+    assert train(halved).losses == pytest.approx(train(bank).losses, rel=2e-3)
 
 
 def test_a_round_larger_than_the_images_takes_all_of_them(bank):
@@ -182,15 +236,31 @@ def test_features_that_are_no_numbers_are_an_error_of_one_sentence(bank):
         train(broken, 3, epochs=1)
 
 
-def test_the_e_step_reads_weak_views_for_confidence_and_plain_ones_for_similarity(bank):
-    head, rows = ClusterHead(WIDTH, CLUSTERS, 1), np.arange(50, 150)
-    expected = label_round(head, bank, rows, settings())
+def labels_of(bank: Bank, rows: NDArray[np.int64], **changes: Any) -> Any:
+    return label_round(ClusterHead(WIDTH, CLUSTERS, 1), Features(bank, CPU), rows, settings(**changes), CLUSTERS)
+
+
+def test_the_e_step_reads_the_label_view_for_confidence_and_the_plain_one_for_similarity(bank):
+    rows, poison = np.arange(50, 150), np.full_like(bank.plain, np.nan)
+    for label_view, unread in (
+        ("weak", {"plain": poison, "strong": poison[None]}),
+        ("strong", {"plain": poison, "weak": poison}),
+    ):
+        expected = labels_of(bank, rows, label_view=label_view)
+        same = labels_of(bank._replace(**unread), rows, label_view=label_view)
+        assert torch.equal(same.indices, expected.indices)
+        assert torch.equal(same.labels, expected.labels)
+        for name, axis in ((label_view, -2), ("embedding", -2)):
+            changed = bank._replace(**{name: np.flip(getattr(bank, name), axis).copy()})
+            assert not torch.equal(labels_of(changed, rows, label_view=label_view).indices, expected.indices)
+
+
+def test_the_m_step_reads_the_train_view_alone(bank):
     poison = np.full_like(bank.plain, np.nan)
-    same = label_round(head, bank._replace(plain=poison, strong=poison[None]), rows, settings())
-    assert torch.equal(same.indices, expected.indices)
-    assert torch.equal(same.labels, expected.labels)
-    for changed in (bank._replace(weak=bank.weak[::-1].copy()), bank._replace(embedding=bank.embedding[::-1].copy())):
-        assert not torch.equal(label_round(head, changed, rows, settings()).indices, expected.indices)
+    learnt = train(bank, epochs=1, train_view="weak")
+    assert digest(train(bank._replace(strong=poison[None]), epochs=1, train_view="weak")) == digest(learnt)
+    with pytest.raises(TrainingError):
+        train(bank._replace(strong=poison[None]), epochs=1)
 
 
 # Which is chosen
