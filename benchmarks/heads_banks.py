@@ -104,7 +104,8 @@ class Mixture:
     radius: float = 6.0
 
     def recipe(self, *settings: str) -> Recipe:
-        return load_recipe("embeddings", [f"num_clusters={self.num_clusters}", *settings])
+        # Few epochs may leave heads unsure, and no further ones are wanted here.
+        return load_recipe("embeddings", [f"num_clusters={self.num_clusters}", "heads.more=0", *settings])
 
     def write(self, root: Path) -> Artifact:
         """Publish an embedding store; the clusters are in ``labels.npy`` beside it."""

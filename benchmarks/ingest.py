@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 from generated import SIDE, Generated
 from machine import write_results
@@ -92,7 +93,7 @@ def speed(count: int, side: int) -> dict[str, Any]:
 
 
 class Watch:
-    """Peaks of the driver's memory, of what its Ray processes hold for themselves, and of the object store, in MB."""
+    """Peaks of what the driver and its Ray processes hold for themselves, and of the object store, in MB."""
 
     def __init__(self) -> None:
         self.driver = self.workers = self.store = 0.0
@@ -108,33 +109,30 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
+        own = psutil.Process()
         while not self._stop.wait(0.5):
-            self.driver = max(self.driver, private_memory(os.getpid()))
-            children = [pid for pid in processes() if is_ray_worker(pid)]
-            self.workers = max(self.workers, sum(private_memory(pid) for pid in children))
+            self.driver = max(self.driver, own_memory(own))
+            children = own.children(recursive=True)
+            self.workers = max(self.workers, sum(own_memory(child) for child in children if is_ray_worker(child)))
             total, free = ray.cluster_resources(), ray.available_resources()
             used = total.get("object_store_memory", 0) - free.get("object_store_memory", 0)
             self.store = max(self.store, used / 1e6)
 
 
-def processes() -> list[int]:
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
-
-
-def is_ray_worker(pid: int) -> bool:
+def is_ray_worker(process: psutil.Process) -> bool:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::")
+        return Path(f"/proc/{process.pid}/cmdline").read_bytes().startswith(b"ray::")
     except OSError:
         return False  # it has ended
 
 
-def private_memory(pid: int) -> float:
-    """What a process holds for itself alone, MB."""
+def own_memory(process: psutil.Process) -> float:
+    """What a process holds beside files and the object store, MB."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0.0  # it has ended
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1e3
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1e3
 
 
 def memory(counts: list[int]) -> dict[str, Any]:
@@ -155,15 +153,15 @@ def memory(counts: list[int]) -> dict[str, Any]:
 
 
 @contextmanager
-def small_store() -> Iterator[None]:
-    """Ray on this machine with an object store of 200 MB."""
+def small_store(num_bytes: int = STORE_BYTES) -> Iterator[None]:
+    """Ray on this machine with a small object store."""
     with tempfile.TemporaryDirectory(prefix="spice-", ignore_cleanup_errors=True) as folder:
         ray.init(
             address="local",
             num_cpus=(os.cpu_count() or 1) + 1,
             include_dashboard=False,
             log_to_driver=False,
-            object_store_memory=STORE_BYTES,
+            object_store_memory=num_bytes,
             _temp_dir=folder,
         )
         try:
