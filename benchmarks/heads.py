@@ -15,7 +15,7 @@ package's own, on Ray with one actor per core, and its seconds count from the mo
 ``large`` trains ten heads on generated features, N = 50,000, D = 512, and 4 strong views, with M = 5,000 and 8 repeats,
 for ``--epochs`` (a paper's run has 30), and compares the time with the number of steps times that of a bare step, which
 is measured before and after in one process per core: forward, double-softmax loss, backward and Adam on batches of 128
-that lie in memory. Meanwhile the memory of each process is looked at once a second (heads_memory.py); a bank that is
+that lie in memory. Meanwhile the memory of each process is looked at once a second (process_memory.py); a bank that is
 mapped by all actors counts once in the sum of their proportional shares (PSS).
 
 ``scale`` trains on two generated mixtures of Gaussians out of mapped files, each in a driver of its own and with an

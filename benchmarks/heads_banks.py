@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
-from heads_memory import Watch
+from process_memory import Watch
 from numpy.typing import NDArray
 
 from spice_ray.config import ImageRecipe, Recipe, Scale

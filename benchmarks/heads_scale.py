@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from heads_banks import Mixture, in_new_process, megabytes_of, train
-from heads_memory import Held
+from process_memory import Held
 from heads_speed import CORES, SCALE
 from ingest import small_store
 from tables import print_table

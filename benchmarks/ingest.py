@@ -7,8 +7,8 @@
 ``speed`` writes JPEG files of 200 x 150 pixels and takes, interleaved, the CPU time that decoding, cutting and scaling
 them with Pillow alone takes and that of our chunk task (reading, checks, decoding, hashing, sorting, writing runs), on
 one core, and prints the ratio; then it times the whole ingest on Ray. ``memory`` ingests generated images (a source of
-its own, so that no million files are needed) with an object store of 200 MB, watches the memory of all processes of the
-run, the driver's and the object store, and prints the peaks at both sizes. ``listing`` makes a tree of that many files
+its own, so that no million files are needed) with an object store of 200 MB, watches what the driver and the
+workers allocate and the object store, and prints the peaks at both sizes. ``listing`` makes a tree of that many files
 (links to some small images) and times how long it takes until the tree is listed and the first images are decoded,
 sorted and on disk.
 """
@@ -18,7 +18,6 @@ import io
 import os
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import ray
 from generated import SIDE, Generated
 from machine import write_results
 from PIL import Image
+from process_memory import Held, Watch, is_worker
 
 from spice_ray.config import Scale
 from spice_ray.readers.parts import PartFormat
@@ -92,62 +91,39 @@ def speed(count: int, side: int) -> dict[str, Any]:
     return {"side": side, "pillow_cpu_seconds": alone, "chunk_task_cpu_seconds": ours, "whole_seconds": took}
 
 
-class Watch:
-    """Peaks of what the driver and its Ray processes hold for themselves, and of the object store, in MB."""
+class StoreWatch(Watch):
+    """Watches the object store too, and the sum of what the workers have allocated; MB."""
 
     def __init__(self) -> None:
-        self.driver = self.workers = self.store = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        super().__init__()
+        self.workers = self.store = 0.0
 
-    def __enter__(self) -> "Watch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        own = psutil.Process()
-        while not self._stop.wait(0.5):
-            self.driver = max(self.driver, own_memory(own))
-            children = own.children(recursive=True)
-            self.workers = max(self.workers, sum(own_memory(child) for child in children if is_ray_worker(child)))
-            total, free = ray.cluster_resources(), ray.available_resources()
-            used = total.get("object_store_memory", 0) - free.get("object_store_memory", 0)
-            self.store = max(self.store, used / 1e6)
-
-
-def is_ray_worker(process: psutil.Process) -> bool:
-    try:
-        return Path(f"/proc/{process.pid}/cmdline").read_bytes().startswith(b"ray::")
-    except OSError:
-        return False  # it has ended
-
-
-def own_memory(process: psutil.Process) -> float:
-    """What a process holds beside files and the object store, MB."""
-    try:
-        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0.0  # it has ended
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1e3
+    def look(self, now: dict[int, Held]) -> None:
+        super().look(now)
+        self.workers = max(self.workers, sum(held.anonymous for pid, held in now.items() if is_worker(pid)))
+        total, free = ray.cluster_resources(), ray.available_resources()
+        used = total.get("object_store_memory", 0) - free.get("object_store_memory", 0)
+        self.store = max(self.store, used / 1e6)
 
 
 def memory(counts: list[int]) -> dict[str, Any]:
     found = {}
     for count in counts:
-        with tempfile.TemporaryDirectory() as name, small_store(), connected(Scale(), verbose=False), Watch() as watch:
+        with (
+            tempfile.TemporaryDirectory() as name,
+            small_store(),
+            connected(Scale(), verbose=False),
+            StoreWatch() as watch,
+        ):
             start = time.perf_counter()
             shards, _ = ingest(Generated(count), Path(name), image_size=SIDE, seed=0, reporter=SilentReporter())
             took = time.perf_counter() - start
             assert shards.manifest["num_images"] == count
         print(
-            f"{count} images ({count * 3 * SIDE**2 / 1e9:.2f} GB): {took:.0f} s, driver {watch.driver:.0f} MB, "
+            f"{count} images ({count * 3 * SIDE**2 / 1e9:.2f} GB): {took:.0f} s, driver {watch.driver.anonymous:.0f} MB, "
             f"workers {watch.workers:.0f} MB, object store {watch.store:.1f} MB"
         )
-        peaks = {"driver": watch.driver, "workers": watch.workers, "object_store": watch.store}
+        peaks = {"driver": watch.driver.anonymous, "workers": watch.workers, "object_store": watch.store}
         found[str(count)] = {"seconds": took, "peak_megabytes": peaks}
     return found
 

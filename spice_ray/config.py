@@ -170,6 +170,8 @@ class Heads(Settings):
     """Views that learn the pseudo-labels (M-step)."""
     more: Annotated[int, Field(ge=0)] = 10
     """Heads that may be trained beyond ``count`` where every one so far has merged clusters."""
+    consensus: bool = False
+    """Let the heads whose loss is near the least one vote on each cluster; else it is the chosen head's."""
 
 
 class ImageHeads(Heads):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from spice_ray.config import Heads, Recipe, Scale
 from spice_ray.contracts import HEADS, Bank
+from spice_ray.core.consensus import consensus, voting_heads
 from spice_ray.core.heads import ClusterHead
 from spice_ray.core.unsupervised_loss import merged_loss
 from spice_ray.runtime.bank import BankPlace, bank_bytes
@@ -159,20 +160,26 @@ def _read_head(folder: Path, index: int) -> TrainedHead | None:
 
 
 def publish_heads(root: Path, print_: str, recipe: Recipe, bank: Bank, heads: list[TrainedHead]) -> Artifact:
-    """Publish the ensemble with the chosen head's assignment of every image (SPICE_s)."""
+    """Publish the ensemble with the chosen head's assignment of every image, or the consensus (SPICE_s)."""
     chosen = choose_head(heads)
+    voting = voting_heads([head.loss for head in heads], chosen, recipe.num_clusters)
     modules = [_head(trained, bank.plain.shape[1], recipe.num_clusters) for trained in heads]
 
     def write(folder: Path) -> dict[str, Any]:
         for index, module in enumerate(modules):
             save_weights(module, folder / f"head-{index:03d}.safetensors")
         labels, confidences = assign_by_head(modules[chosen], bank.plain)
+        if recipe.heads.consensus:
+            others = [assign_by_head(modules[number], bank.plain)[0] for number in voting[1:]]
+            labels, disagreement = consensus([labels, *others], recipe.num_clusters)
+            np.save(folder / "disagreement.npy", disagreement)
         np.save(folder / "assignments.npy", labels)
         np.save(folder / "confidences.npy", confidences)
         return {
             "chosen": chosen,
             "embed_dim": int(bank.plain.shape[1]),
             "num_clusters": recipe.num_clusters,
+            "voting": voting,
             "num_merged": sum(head.loss > merged_loss(recipe.num_clusters) for head in heads),
             "losses": [head.loss for head in heads],
             "best_epochs": [head.best_epoch for head in heads],

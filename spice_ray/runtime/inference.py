@@ -244,13 +244,19 @@ def readable_ids(shards: Shards) -> NDArray[np.int64]:
 def assignments_table(
     identity: pa.Table, clusters: NDArray[np.int64], confidences: NDArray[np.float32], reliable: ReliableTable
 ) -> pa.Table:
-    """One row for each of ``identity``; ``clusters`` and ``confidences`` are of all rows of the shards, (N,)."""
+    """One row for each of ``identity``; ``clusters`` and ``confidences`` are of all rows of the shards, (N,).
+
+    The heads' disagreement is a column where they voted.
+    """
     ids = identity["sample_id"].to_numpy()
+    disagreement = reliable.disagreement.numpy()[ids]
+    voted = {} if np.isnan(disagreement).all() else {"disagreement": disagreement}
     columns = {
         "cluster": clusters[ids],
         "confidence": confidences[ids],
         "consistency": pa.array(reliable.consistency.numpy()[ids], from_pandas=True),
         "reliable": reliable.weights.numpy()[ids] > 0,
+        **voted,
     }
     return pa.table({**{name: identity[name] for name in IDENTITY}, **columns})
 

@@ -28,6 +28,8 @@ class ReliableTable(NamedTuple):
     """float64, (N,); nan for images that training does not see."""
     weights: Tensor
     """float32, (N,); 0 where a sample is not reliable."""
+    disagreement: Tensor
+    """float32, (N,): share of the voting heads that chose another cluster; nan where heads did not vote."""
 
 
 def publish_reliable(
@@ -56,7 +58,8 @@ def publish_reliable(
     )
 
     def write(folder: Path) -> dict[str, Any]:
-        pq.write_table(_table(np.asarray(labels), train_ids, found), folder / "reliable.parquet")
+        table = _table(np.asarray(labels), train_ids, found, _disagreement(heads))
+        pq.write_table(table, folder / "reliable.parquet")
         return {"neighbors": neighbors, "kept": found.kept, "num_train": len(train_ids)}
 
     return publish(root, RELIABLE, print_, write)
@@ -115,10 +118,22 @@ def why_skip(reliable: Artifact, recipe: Recipe, files: list[int], num_lanes: in
     return None
 
 
-def _table(labels: NDArray[np.int64], train_ids: NDArray[np.int64], found: ReliableSamples) -> pa.Table:
+def _disagreement(heads: Artifact) -> NDArray[np.float32]:
+    if "disagreement.npy" in {file.name for file in heads.path.iterdir()}:
+        return np.load(heads.file("disagreement.npy"))
+    return np.full(len(np.load(heads.file("assignments.npy"), mmap_mode="r")), np.nan, np.float32)
+
+
+def _table(
+    labels: NDArray[np.int64],
+    train_ids: NDArray[np.int64],
+    found: ReliableSamples,
+    disagreement: NDArray[np.float32],
+) -> pa.Table:
     consistency = np.full(len(labels), np.nan)
     consistency[train_ids] = found.consistency.cpu().numpy()
     weights = np.zeros(len(labels), np.float32)
     weights[train_ids] = found.weights.cpu().numpy()
     ids = np.arange(len(labels))
-    return pa.table({"sample_id": ids, "labels": labels, "consistency": consistency, "weights": weights})
+    columns = {"labels": labels, "consistency": consistency, "weights": weights, "disagreement": disagreement}
+    return pa.table({"sample_id": ids, **columns})

@@ -1,4 +1,4 @@
-"""No benchmark of its own: what a training of heads takes of memory and of the processor, by process."""
+"""No benchmark of its own: what a run takes of memory and of the processor, by process."""
 
 import os
 import threading
@@ -61,17 +61,22 @@ class Watch:
 
     def begin(self) -> None:
         """The actors have started: what they took of the processor until now was for that."""
-        self._before = {pid: processor_seconds(pid) for pid in _descendants(os.getpid()) if _is_working(pid)}
+        self._before = {
+            pid: processor_seconds(pid) for pid in descendants(os.getpid()) if is_worker(pid) and not is_idle(pid)
+        }
+
+    def look(self, now: dict[int, Held]) -> None:
+        """Take in what each process holds."""
+        self.driver = self.driver.peak_with(now[os.getpid()])
+        self.total_pss = max(self.total_pss, sum(held.pss for held in now.values()))
+        for pid, held in now.items():
+            if is_worker(pid) and not is_idle(pid):
+                self.actors[pid] = self.actors.get(pid, Held()).peak_with(held)
+                self._processor[pid] = max(self._processor.get(pid, 0.0), processor_seconds(pid))
 
     def _run(self) -> None:
         while not self._stop.wait(_SECONDS_BETWEEN_LOOKS):
-            now = {pid: held for pid in [os.getpid(), *_descendants(os.getpid())] if (held := memory_of(pid))}
-            self.driver = self.driver.peak_with(now[os.getpid()])
-            self.total_pss = max(self.total_pss, sum(held.pss for held in now.values()))
-            for pid, held in now.items():
-                if _is_working(pid):
-                    self.actors[pid] = self.actors.get(pid, Held()).peak_with(held)
-                    self._processor[pid] = max(self._processor.get(pid, 0.0), processor_seconds(pid))
+            self.look({pid: held for pid in [os.getpid(), *descendants(os.getpid())] if (held := memory_of(pid))})
 
 
 def memory_of(pid: int) -> Held | None:
@@ -89,8 +94,8 @@ def processor_seconds(pid: int) -> float:
     return sum(map(int, _status(pid)[11:13])) / _TICKS
 
 
-def _descendants(ancestor: int) -> list[int]:
-    """Processes of others, whose Ray may be on this machine too, are not ours."""
+def descendants(ancestor: int) -> list[int]:
+    """All processes that it started, and theirs: processes of others, whose Ray may be on this machine too, are not ours."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -111,9 +116,18 @@ def _status(pid: int) -> list[str]:
         return ["0"] * 13  # it has ended
 
 
-def _is_working(pid: int) -> bool:
+def is_worker(pid: int) -> bool:
+    """Whether it is one of Ray's workers."""
+    return _title(pid).startswith(b"ray::")
+
+
+def is_idle(pid: int) -> bool:
+    """Whether it is a worker without a task or an actor."""
+    return _title(pid).startswith(b"ray::IDLE")
+
+
+def _title(pid: int) -> bytes:
     try:
-        title = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return False  # it has ended
-    return title.startswith(b"ray::") and not title.startswith(b"ray::IDLE")
+        return b""  # it has ended
