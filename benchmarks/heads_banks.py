@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
-from process_memory import Watch
 from numpy.typing import NDArray
+from process_memory import Watch
 
 from spice_ray.config import ImageRecipe, Recipe, Scale
 from spice_ray.contracts import EMBEDDING, ENCODER

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from heads_banks import Mixture, in_new_process, megabytes_of, train
-from process_memory import Held
 from heads_speed import CORES, SCALE
 from ingest import small_store
+from process_memory import Held
 from tables import print_table
 
 from spice_ray.core.metrics import clustering_accuracy

@@ -119,11 +119,9 @@ def memory(counts: list[int]) -> dict[str, Any]:
             shards, _ = ingest(Generated(count), Path(name), image_size=SIDE, seed=0, reporter=SilentReporter())
             took = time.perf_counter() - start
             assert shards.manifest["num_images"] == count
-        print(
-            f"{count} images ({count * 3 * SIDE**2 / 1e9:.2f} GB): {took:.0f} s, driver {watch.driver.anonymous:.0f} MB, "
-            f"workers {watch.workers:.0f} MB, object store {watch.store:.1f} MB"
-        )
         peaks = {"driver": watch.driver.anonymous, "workers": watch.workers, "object_store": watch.store}
+        shown = ", ".join(f"{who} {megabytes:.1f} MB" for who, megabytes in peaks.items())
+        print(f"{count} images ({count * 3 * SIDE**2 / 1e9:.2f} GB): {took:.0f} s, {shown}")
         found[str(count)] = {"seconds": took, "peak_megabytes": peaks}
     return found
 

@@ -95,7 +95,7 @@ def processor_seconds(pid: int) -> float:
 
 
 def descendants(ancestor: int) -> list[int]:
-    """All processes that it started, and theirs: processes of others, whose Ray may be on this machine too, are not ours."""
+    """What it started, and what that started; not the processes of others, whose Ray may be on this machine too."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():

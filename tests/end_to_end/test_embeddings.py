@@ -16,11 +16,13 @@ import pytest
 
 import spice_ray
 from spice_ray import workflow
+from spice_ray.core.consensus import consensus
 from spice_ray.errors import ConfigError, DamagedError
 from spice_ray.evaluate import evaluate
 from spice_ray.recipe import load_recipe
 from spice_ray.runtime.progress import Done
 from spice_ray.runtime.tune import SilentReporter
+from spice_ray.runtime.weights import load_weights
 from spice_ray.storage import Artifact, open_artifact
 from tests.end_to_end.small_runs import NUM_IMAGES, damage
 
@@ -96,6 +98,24 @@ def test_a_finished_run_of_embeddings_is_not_done_again(vectors: Path, tmp_path:
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "artifacts").glob("*/*")}
     assert spice_ray.cluster(str(vectors), **options).equals(table)
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+
+def test_heads_that_vote_leave_their_disagreement_and_the_clusters_of_the_vote(
+    embedded: Path, vectors: Path, tmp_path: Path
+) -> None:
+    voted = cluster(vectors, tmp_path / "run", "heads.consensus=true")
+    heads, plain = one(voted, "heads"), np.load(one(voted, "embedding").file("plain.npy")).astype(np.float32)
+    labels = []
+    for number in heads.manifest["voting"]:
+        weights = load_weights(heads.file(f"head-{number:03d}.safetensors"))
+        hidden = np.maximum(plain @ weights["0.weight"].numpy().T + weights["0.bias"].numpy(), 0)
+        labels.append((hidden @ weights["2.weight"].numpy().T + weights["2.bias"].numpy()).argmax(axis=1))
+    assert heads.manifest["voting"][0] == heads.manifest["chosen"]
+    expected = consensus(labels, 10)
+    table, alone = pq.read_table(voted / "assignments.parquet"), pq.read_table(embedded / "assignments.parquet")
+    assert table.column_names == [*alone.column_names, "disagreement"]
+    assert table["cluster"].to_pylist() == expected.labels.tolist()
+    assert table["disagreement"].to_pylist() == expected.disagreement.tolist()
 
 
 def test_heads_see_directions_alone(embedded: Path, vectors: Path) -> None:
