@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from spice_ray.shares import check_shares
+
 Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["sgd", "adamw"]
 Views = Literal["natural", "digits", "none"]
@@ -172,6 +174,14 @@ class Heads(Settings):
     """Heads that may be trained beyond ``count`` where every one so far has merged clusters."""
     consensus: bool = False
     """Let the heads whose loss is near the least one vote on each cluster; else it is the chosen head's."""
+    prior: tuple[float, ...] | None = None
+    """How the images are shared among the clusters, the largest share first; none: equally. A recipe may name a text
+    file with one share per line."""
+
+    @field_validator("prior", mode="before")
+    @classmethod
+    def _check_prior(cls, value: Any) -> Any:
+        return None if value is None else check_shares(value)
 
 
 class ImageHeads(Heads):
@@ -265,6 +275,16 @@ class Recipe(Settings):
             raise ValueError(
                 f"heads.round_size={self.heads.round_size} is smaller than num_clusters={self.num_clusters}; "
                 "a labelling round needs at least one image per cluster"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_prior(self) -> Self:
+        prior = self.heads.prior
+        if prior is not None and len(prior) != self.num_clusters:
+            raise ValueError(
+                f"heads.prior holds {len(prior)} shares and num_clusters={self.num_clusters}; give one share per "
+                "cluster"
             )
         return self
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from spice_ray.config import ImageRecipe, Recipe, Settings, Sweep
 from spice_ray.errors import ConfigError
+from spice_ray.shares import read_shares
 
 SWEPT_SECTIONS = ("reliable", "joint")
 _IMAGE_SECTIONS = ImageRecipe.model_fields.keys() - Recipe.model_fields.keys()
@@ -45,12 +46,14 @@ def load_recipe(name_or_path: str, overrides: list[str]) -> Recipe:
 def check_recipe(values: dict[str, Any]) -> Recipe:
     """The recipe that ``values`` describe: of images where it has a section of theirs, else of embeddings.
 
+    Where ``heads.prior`` names a file, the recipe holds what is in it.
+
     Raises:
         ConfigError: In one sentence, the first thing that is wrong.
     """
     type_ = _type_of(values)
     try:
-        return type_.model_validate(values)
+        return type_.model_validate(_with_shares(values))
     except ValidationError as error:
         raise ConfigError(_first_sentence(error, setting_keys(type_))) from None
 
@@ -168,6 +171,17 @@ def setting_keys(type_: type[Recipe] = ImageRecipe) -> list[str]:
         else:
             keys.append(name)
     return keys
+
+
+def _with_shares(values: dict[str, Any]) -> dict[str, Any]:
+    heads = values.get("heads")
+    prior = heads.get("prior") if isinstance(heads, dict) else None
+    if not isinstance(prior, str):
+        return values
+    try:
+        return with_value(values, "heads.prior", read_shares(os.path.expanduser(prior)))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _type_of(values: dict[str, Any]) -> type[Recipe]:

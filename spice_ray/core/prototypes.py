@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+_ROUNDING = 1e-6
+
 
 class PseudoLabels(NamedTuple):
     """Labelled positions of a round; a position may occur more than once."""
@@ -35,17 +37,41 @@ def quotas_of(shares: Tensor, num_samples: int, *, confident_fraction: float) ->
 
     Args:
         shares: Of each cluster, float64, (K,), on the CPU; their sum is 1.
-        num_samples: M.
+        num_samples: M, at least K.
         confident_fraction: Part of a cluster's share that makes its prototype, in (0, 1].
+
+    Returns:
+        Quotas; the sum of those that are labelled is at most M.
     """
-    # What is off by rounding alone, such as 0.1 * 30, counts as whole.
-    sizes = shares * num_samples + 1e-9
-    return Quotas((sizes * confident_fraction).long().clamp_min(1), sizes.long().clamp_min(1))
+    # In the arithmetic of floats 49 * (1 / 49) lies below 1.
+    sizes = shares * num_samples + _ROUNDING
+    labelled = sizes.long().clamp_min(1)
+    while labelled.sum() > num_samples:  # shares below 1 / M were raised to a whole sample
+        labelled[labelled.argmax()] -= 1
+    return Quotas((sizes * confident_fraction).long().clamp_min(1), labelled)
 
 
 def equal_shares(num_clusters: int) -> Tensor:
     """1 / K for each cluster, float64, (K,)."""
     return torch.full((num_clusters,), 1 / num_clusters, dtype=torch.float64)
+
+
+def match_shares(shares: Tensor, mass: Tensor) -> Tensor:
+    """Which cluster has which share: the largest goes to the column with most mass, and so on.
+
+    Clusters have no identity before they are trained, so a prior is a multiset, and it is matched in each round anew.
+
+    Args:
+        shares: What part of the samples each cluster has, above 0, in any order, (K,); relative to their sum.
+        mass: Column sums of the probabilities, (K,); of equal ones the lower column comes first.
+
+    Returns:
+        float64, (K,), on the CPU; the sum is 1.
+    """
+    shares = shares.double() / shares.double().sum()
+    matched = torch.empty_like(shares)
+    matched[mass.cpu().argsort(descending=True, stable=True)] = shares.sort(descending=True).values
+    return matched
 
 
 def prototypes(embeddings: Tensor, probs: Tensor, counts: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spice_ray.core.prototypes import Quotas
+from spice_ray.core.prototypes import match_shares, quotas_of
 
 IN_MEMORY_BYTES = 64 << 20
 """Tables of scores up to this size are kept in memory."""
@@ -41,16 +41,17 @@ def merged_loss(num_clusters: int) -> float:
     return perfect_loss(num_clusters) + 1 / num_clusters
 
 
-def unsupervised_loss(embeddings: Blocks, logits: Tensor, quotas: Quotas) -> float:
+def unsupervised_loss(embeddings: Blocks, logits: Tensor, shares: Tensor, *, confident_fraction: float) -> float:
     """The mean double-softmax loss of the labels that the prototypes of all samples give them.
 
     Args:
         embeddings: Blocks of the plain views' embeddings, (N, D) in all.
         logits: Cluster logits of the plain views, float32, (K, N): a table as :func:`new_table` makes it.
-        quotas: Of each cluster; none is larger than N.
+        shares: What part of the samples each cluster has, in any order, (K,); matched to the clusters by their mass.
+        confident_fraction: As in :func:`spice_ray.core.prototypes.quotas_of`.
 
     Returns:
-        At least :func:`perfect_loss` where quotas are equal; not a number where a logit or an embedding is none.
+        At least :func:`perfect_loss` where shares are equal; not a number where a logit or an embedding is none.
     """
     num_clusters, num_samples = logits.shape
     if not _finite(logits):
@@ -58,6 +59,8 @@ def unsupervised_loss(embeddings: Blocks, logits: Tensor, quotas: Quotas) -> flo
     scores = new_table(num_clusters, num_samples, logits.device)
     for rows in _blocks(num_samples):
         scores[:, rows] = logits[:, rows].softmax(dim=0)
+    mass = sum((scores[:, rows].double().sum(dim=1) for rows in _blocks(num_samples)), torch.zeros(()))
+    quotas = quotas_of(match_shares(shares, mass), num_samples, confident_fraction=confident_fraction)
     centres = _mean_of_largest(embeddings, scores, quotas.confident)
     for rows, block in zip(_blocks(num_samples), embeddings(), strict=True):
         scores[:, rows] = centres @ block.T

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from spice_ray.config import ImageRecipe, Scale
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, Bank, ShardFile
-from spice_ray.core.prototypes import equal_shares, quotas_of
 from spice_ray.core.unsupervised_loss import BLOCK_ROWS, unsupervised_loss
 from spice_ray.errors import TrainingError
 from spice_ray.readers.parts import images_of, read_column
@@ -27,6 +26,7 @@ from spice_ray.runtime.weights import load_encoder, load_joint
 from spice_ray.runtime.workers import augmentation_of
 from spice_ray.stages.assign import predict
 from spice_ray.stages.embed import embed
+from spice_ray.stages.train_heads import shares_of
 from spice_ray.storage import Artifact, publish
 
 Report = Callable[[int, int], None]
@@ -217,9 +217,8 @@ def final_loss(
     return unsupervised_loss(
         lambda: (F.normalize(torch.from_numpy(pooled[rows]), dim=1) for rows in blocks),
         torch.from_numpy(np.ascontiguousarray(logits[train_ids].T)),
-        quotas_of(
-            equal_shares(recipe.num_clusters), len(train_ids), confident_fraction=recipe.heads.confident_fraction
-        ),
+        shares_of(recipe.heads, recipe.num_clusters),
+        confident_fraction=recipe.heads.confident_fraction,
     )
 
 

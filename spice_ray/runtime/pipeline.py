@@ -177,8 +177,17 @@ class Pipeline(ABC):
         return _opened(self._root, kind, print_)
 
     def _tell_loss(self) -> None:
-        loss, best = min(self.heads.manifest["losses"]), perfect_loss(self.recipe.num_clusters)
-        self.reporter.note(f"least unsupervised loss of the heads: {loss:.4f} (perfect clusters: {best:.4f})")
+        told, best = self.heads.manifest, perfect_loss(self.recipe.num_clusters)
+        losses, merged = told["losses"], told["num_merged"]
+        self.reporter.note(
+            f"least unsupervised loss of {len(losses)} heads: {min(losses):.4f} (the largest: {max(losses):.4f}, "
+            f"perfect clusters: {best:.4f})"
+        )
+        if merged == len(losses):
+            self.reporter.note(
+                f"every one of the {merged} heads has merged clusters or is unsure of as much: the images may have "
+                f"other clusters than num_clusters={self.recipe.num_clusters}, or need a better encoder"
+            )
 
 
 def _opened(root: Path, kind: str, print_: str) -> Artifact:

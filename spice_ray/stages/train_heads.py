@@ -18,11 +18,11 @@ from spice_ray.core.heads import ClusterHead, HeadStack
 from spice_ray.core.order import permutation, stream_key
 from spice_ray.core.prototypes import (
     PseudoLabels,
-    Quotas,
     cross_entropy_loss,
     double_softmax_loss,
     equal_shares,
     exclusive_labels,
+    match_shares,
     negative_entropy,
     overlapping_labels,
     prototypes,
@@ -185,8 +185,10 @@ def label_round(
     if settings.loss == "tempered":
         logits = logits / TEMPERATURE
     embeddings = features.embedding(rows)
-    quotas = _quotas(len(rows), settings, num_clusters)
-    centres = prototypes(embeddings, logits.softmax(dim=1), quotas.confident)
+    probs = logits.softmax(dim=1)
+    shares = match_shares(shares_of(settings, num_clusters), probs.sum(dim=0))
+    quotas = quotas_of(shares, len(rows), confident_fraction=settings.confident_fraction)
+    centres = prototypes(embeddings, probs, quotas.confident)
     assign = exclusive_labels if settings.assignment == "exclusive" else overlapping_labels
     return assign(embeddings, centres, quotas.labelled)
 
@@ -235,12 +237,16 @@ def evaluate_head(
     return unsupervised_loss(
         lambda: (features.embedding(rows[block]) for block in blocks),
         table,
-        _quotas(len(rows), settings, num_clusters),
+        shares_of(settings, num_clusters),
+        confident_fraction=settings.confident_fraction,
     )
 
 
-def _quotas(num_samples: int, settings: Heads, num_clusters: int) -> Quotas:
-    return quotas_of(equal_shares(num_clusters), num_samples, confident_fraction=settings.confident_fraction)
+def shares_of(settings: Heads, num_clusters: int) -> Tensor:
+    """What part of the images each cluster has, in no order: the prior, or equal parts; float64, (K,)."""
+    if settings.prior is None:
+        return equal_shares(num_clusters)
+    return torch.tensor(settings.prior, dtype=torch.float64)
 
 
 def choose_head(heads: list[TrainedHead]) -> int:

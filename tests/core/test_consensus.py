@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spice_ray.core.consensus import align, consensus, voting_heads
-from spice_ray.core.prototypes import equal_shares, quotas_of
+from spice_ray.core.prototypes import equal_shares
 from spice_ray.core.unsupervised_loss import merged_loss, perfect_loss, unsupervised_loss
 
 Ints = NDArray[np.int64]
@@ -179,8 +179,8 @@ def test_heads_that_do_not_fit_are_refused(heads, complaint):
 
 
 def loss_of(embeddings: Tensor, logits: Tensor) -> float:
-    quotas = quotas_of(equal_shares(logits.shape[1]), len(logits), confident_fraction=0.5)
-    return unsupervised_loss(lambda: [embeddings.float()], logits.T, quotas)
+    shares = equal_shares(logits.shape[1])
+    return unsupervised_loss(lambda: [embeddings.float()], logits.T, shares, confident_fraction=0.5)
 
 
 def claimed_loss(found: Ints, classes: Ints, clusters: int) -> float:

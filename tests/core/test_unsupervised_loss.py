@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from spice_ray.core import unsupervised_loss as module
 from spice_ray.core.prototypes import (
-    Quotas,
     double_softmax_loss,
     equal_shares,
+    match_shares,
     overlapping_labels,
     prototypes,
     quotas_of,
@@ -19,16 +19,18 @@ from spice_ray.core.prototypes import (
 from spice_ray.core.unsupervised_loss import new_table, perfect_loss, unsupervised_loss
 
 
-def loss_of(embeddings: Tensor, logits: Tensor, quotas: Quotas | None = None) -> float:
-    if quotas is None:
-        quotas = quotas_of(equal_shares(logits.shape[1]), len(logits), confident_fraction=0.5)
-    return unsupervised_loss(lambda: embeddings.split(module.BLOCK_ROWS), logits.T.contiguous(), quotas)
+def loss_of(embeddings: Tensor, logits: Tensor, shares: Tensor | None = None, fraction: float = 0.5) -> float:
+    if shares is None:
+        shares = equal_shares(logits.shape[1])
+    blocks = embeddings.split(module.BLOCK_ROWS)
+    return unsupervised_loss(lambda: blocks, logits.T.contiguous(), shares, confident_fraction=fraction)
 
 
-def in_one_piece(embeddings: Tensor, logits: Tensor, quotas: Quotas) -> float:
+def in_one_piece(embeddings: Tensor, logits: Tensor, shares: Tensor, fraction: float) -> float:
     """Eq. 5 as a labelling round computes it."""
-    centres = prototypes(embeddings, logits.softmax(dim=1), quotas.confident)
-    pseudo = overlapping_labels(embeddings, centres, quotas.labelled)
+    probs = logits.softmax(dim=1)
+    quotas = quotas_of(match_shares(shares, probs.sum(dim=0)), len(logits), confident_fraction=fraction)
+    pseudo = overlapping_labels(embeddings, prototypes(embeddings, probs, quotas.confident), quotas.labelled)
     return double_softmax_loss(logits[pseudo.indices], pseudo.labels).mean().item()
 
 
@@ -42,11 +44,11 @@ def random_rows(samples: int, clusters: int, seed: int) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize("block_rows", [7, 50, 101, 1000])
 def test_blocks_of_any_size_give_the_loss_of_one_labelling_round(monkeypatch, block_rows, shares):
     monkeypatch.setattr(module, "BLOCK_ROWS", block_rows)
+    given = torch.tensor(shares, dtype=torch.float64)
     for seed in range(3):
         rows = random_rows(101, 4, seed)
         for fraction in (0.1, 0.5, 1.0):
-            quotas = quotas_of(torch.tensor(shares, dtype=torch.float64), 101, confident_fraction=fraction)
-            assert loss_of(*rows, quotas) == pytest.approx(in_one_piece(*rows, quotas), rel=1e-5)
+            assert loss_of(*rows, given, fraction) == pytest.approx(in_one_piece(*rows, given, fraction), rel=1e-5)
 
 
 def test_a_table_in_a_file_gives_the_same_loss(monkeypatch):
@@ -106,3 +108,11 @@ def test_a_row_that_is_no_number_makes_the_loss_none(which, row):
     embeddings, logits = random_rows(61, 3, 0)
     {"embeddings": embeddings, "logits": logits}[which][row] = math.nan
     assert math.isnan(loss_of(embeddings, logits))
+
+
+def test_clusters_of_known_shares_reach_the_least_loss_and_equal_shares_do_not():
+    labels = torch.tensor([2] * 2 + [0] * 10 + [1] * 4)
+    rows = torch.eye(3)[labels], 100 * torch.eye(3)[labels]
+    shares = torch.tensor([2 / 16, 4 / 16, 10 / 16], dtype=torch.float64)
+    assert loss_of(*rows, shares) == pytest.approx(perfect_loss(3), rel=1e-6)
+    assert loss_of(*rows) > perfect_loss(3) + 0.05

@@ -1,5 +1,9 @@
 """Stage 2 on Ray: whoever trains a head, and wherever it finds the bank, it becomes the same."""
 
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +21,7 @@ from spice_ray.runtime.bank import BankPlace, bank_bytes, open_bank
 from spice_ray.runtime.head_progress import HeadProgress, state_file
 from spice_ray.runtime.heads import HeadPool, assign_by_head, train_ensemble
 from spice_ray.stages.train_heads import TrainedHead
-from spice_ray.storage import Artifact, publish
+from spice_ray.storage import Artifact, publish, read_json
 
 NUM_IMAGES, WIDTH = 120, 8
 
@@ -114,6 +118,40 @@ def test_more_heads_are_trained_only_while_every_head_has_merged_clusters(store:
     vague = train(store, tmp_path / "vague", one, *idle)
     assert min(head.loss for head in vague) > merged_loss(3)
     assert len({head.loss for head in vague}) == len(vague) == 5
+
+
+@pytest.mark.faults
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_actor_is_started_again_and_goes_on_from_its_checkpoint(store: Artifact, tmp_path: Path) -> None:
+    settings = ("heads.epochs=400", "heads.count=1", "heads.more=0")
+    scale = Scale(head_actors=1, checkpoint_seconds=0.2)
+    (undisturbed,) = train(store, tmp_path / "undisturbed", scale, *settings)
+
+    found: list[TrainedHead] = []
+    folder = tmp_path / "killed"
+    thread = threading.Thread(target=lambda: found.extend(train(store, folder, scale, *settings)))
+    thread.start()
+    while not state_file(folder / "finished", [0]).exists():
+        assert thread.is_alive()
+        time.sleep(0.01)
+    (actor,) = [pid for pid in Path("/proc").glob("[0-9]*") if title_of(pid).startswith(b"ray::HeadActor")]
+    os.kill(int(actor.name), signal.SIGKILL)
+    (progress,) = (folder / "progress").glob("*.json")
+    progress.unlink()
+    done = []
+    while thread.is_alive():
+        if progress.exists():
+            done.append(read_json(progress)["done"])
+        time.sleep(0.01)
+    assert same(found[0], undisturbed)
+    assert 0 < done[0] < 400
+
+
+def title_of(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""  # it has ended
 
 
 # Going on

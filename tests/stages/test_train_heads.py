@@ -30,6 +30,7 @@ ABLATIONS = [
     {"entropy_weight": 1.0},
     {"label_view": "strong"},
     {"train_view": "weak"},
+    {"prior": [0.24, 0.22, 0.2, 0.18, 0.16]},
 ]
 
 
