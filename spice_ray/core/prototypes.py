@@ -47,7 +47,8 @@ def quotas_of(shares: Tensor, num_samples: int, *, confident_fraction: float) ->
     sizes = shares * num_samples + _ROUNDING
     labelled = sizes.long().clamp_min(1)
     while labelled.sum() > num_samples:  # shares below 1 / M were raised to a whole sample
-        labelled[labelled.argmax()] -= 1
+        largest = max(range(len(shares)), key=lambda k: (int(labelled[k]), -float(shares[k]), k))
+        labelled[largest] -= 1
     return Quotas((sizes * confident_fraction).long().clamp_min(1), labelled)
 
 

@@ -181,9 +181,9 @@ def test_the_weights_returned_are_the_best_epochs(bank, lr):
 
 
 def test_later_epochs_leave_the_earlier_ones_as_they_were_and_the_best_may_not_be_the_last(bank):
-    full = train(bank, epochs=6, lr=0.2)
+    full = train(bank, epochs=6, lr=0.4)
     assert full.best_epoch < 5
-    short = train(bank, epochs=full.best_epoch + 1, lr=0.2)
+    short = train(bank, epochs=full.best_epoch + 1, lr=0.4)
     assert short.losses == full.losses[: full.best_epoch + 1]
     assert all(torch.equal(short.weights[name], weight) for name, weight in full.weights.items())
 
