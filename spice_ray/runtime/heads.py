@@ -122,9 +122,16 @@ class HeadPool:
             max_restarts=_RETRIES,
             max_task_retries=_RETRIES,
         )
-        place = BankPlace.choose(self._store, scale)
         count = num_actors(scale, self._recipe.heads.count)
-        return [remote.remote(self._recipe, scale, place, self._progress, f"actor-{number}") for number in range(count)]
+        return [
+            remote.remote(self._recipe, scale, self._place, self._progress, f"actor-{number}")
+            for number in range(count)
+        ]
+
+    @cached_property
+    def _place(self) -> BankPlace:
+        # Kept for as long as the actors: what nobody else refers to would be gone when one is started again.
+        return BankPlace.choose(self._store, self._scale)
 
     @cached_property
     def _ids(self) -> "ray.ObjectRef[NDArray[np.int64]]":
