@@ -176,7 +176,10 @@ def parse() -> argparse.Namespace:
     memory.add_argument("--lanes", type=int, default=1)
     for command in (beside, hosted, memory):
         command.add_argument("--out", type=Path, help="a JSON file to write")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.what == "memory" and len(set(options.images)) < 2:
+        parser.error("--images needs two different sizes or more, for the growth from one to the next")
+    return options
 
 
 def main() -> None:
