@@ -137,23 +137,3 @@ def _greedy_owners(similarity: NDArray[np.float32], quotas: NDArray[np.int64]) -
 
 def _repeated_labels(centres: Tensor, quotas: Tensor) -> Tensor:
     return torch.arange(len(centres)).repeat_interleave(quotas).to(centres.device)
-
-
-def cross_entropy_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Each sample's cross-entropy, (..., B), of logits (..., B, K) and labels int64 (..., B)."""
-    losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
-    return losses.view(labels.shape)
-
-
-def double_softmax_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy on the softmax of the softmax output (eq. 5): each sample's loss, (..., B).
-
-    The second softmax bounds the gradient of samples that are already sure, so wrong pseudo-labels weigh less.
-    """
-    return cross_entropy_loss(logits.softmax(dim=-1), labels)
-
-
-def negative_entropy(probs: Tensor) -> Tensor:
-    """Minus the entropy of the mean prediction of (..., B, K), (...): least when clusters are equally large."""
-    mean = probs.mean(dim=-2)
-    return (mean * mean.clamp_min(1e-12).log()).sum(dim=-1)

@@ -36,6 +36,8 @@ class HeadActor:
 
     def __init__(self, recipe: Recipe, scale: Scale, place: BankPlace, progress: Path, writer: str) -> None:
         torch.set_num_threads(scale.cpus_per_worker)
+        # A head that is nearly certain has gradients so small that a processor takes many times as long for them.
+        torch.set_flush_denormal(True)
         self._recipe, self._scale = recipe, scale
         self._writer = ProgressWriter(progress, writer)
         self._done: dict[tuple[int, ...], int] = {}

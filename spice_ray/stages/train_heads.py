@@ -6,6 +6,7 @@ call with one head at a time, and it is the same to the bit whoever trains the o
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,16 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spice_ray.config import Heads
+from spice_ray.core.head_losses import cross_entropy_gradient, double_softmax_gradient, negative_entropy_gradient
 from spice_ray.core.heads import ClusterHead, HeadStack
 from spice_ray.core.order import permutation, stream_key
 from spice_ray.core.prototypes import (
     PseudoLabels,
-    cross_entropy_loss,
-    double_softmax_loss,
     equal_shares,
     exclusive_labels,
     match_shares,
-    negative_entropy,
     overlapping_labels,
     prototypes,
     quotas_of,
@@ -219,9 +218,7 @@ def fit_round(
         for batch in zip(
             pooled.split(settings.batch_size, dim=1), labels.split(settings.batch_size, dim=1), strict=True
         ):
-            loss = _loss(stack(batch[0]), batch[1], settings)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            stack.differentiate(batch[0], partial(loss_gradient, labels=batch[1], settings=settings))
             optimizer.step()
 
 
@@ -264,16 +261,15 @@ def _pass(
     return pooled[pseudo.indices[order]], pseudo.labels[order]
 
 
-def _loss(logits: Tensor, labels: Tensor, settings: Heads) -> Tensor:
-    """The sum over heads of each one's mean loss, so that no head's gradient depends on another; (H, B, K), (H, B)."""
+def loss_gradient(logits: Tensor, labels: Tensor, settings: Heads) -> Tensor:
+    """The gradient of each head's mean loss in its logits, (H, B, K), for labels int64 (H, B)."""
     match settings.loss:
         case "double_softmax":
-            losses = double_softmax_loss(logits, labels)
+            gradient = double_softmax_gradient(logits, labels)
         case "cross_entropy":
-            losses = cross_entropy_loss(logits, labels)
+            gradient = cross_entropy_gradient(logits, labels)
         case "tempered":
-            losses = cross_entropy_loss(logits / TEMPERATURE, labels)
-    loss = losses.mean(dim=1).sum()
+            gradient = cross_entropy_gradient(logits, labels, temperature=TEMPERATURE)
     if settings.entropy_weight:
-        loss = loss + settings.entropy_weight * negative_entropy(logits.softmax(dim=-1)).sum()
-    return loss
+        gradient = gradient + settings.entropy_weight * negative_entropy_gradient(logits)
+    return gradient

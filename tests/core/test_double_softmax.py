@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spice_ray.core.double_softmax import double_softmax_gradient, even_ratio, gradient_ratio
-from spice_ray.core.prototypes import double_softmax_loss
+from tests.core.plain_losses import double_softmax_loss
 
 CLUSTERS = [2, 3, 10, 100]
 

@@ -9,14 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spice_ray.core.prototypes import (
-    double_softmax_loss,
     equal_shares,
     exclusive_labels,
-    negative_entropy,
     overlapping_labels,
     prototypes,
     quotas_of,
 )
+from tests.core.plain_losses import double_softmax_loss, negative_entropy
 
 
 def random_round(samples: int, clusters: int, width: int, seed: int) -> tuple[Tensor, Tensor]:

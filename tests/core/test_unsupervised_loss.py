@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from spice_ray.core import unsupervised_loss as module
 from spice_ray.core.prototypes import (
-    double_softmax_loss,
     equal_shares,
     match_shares,
     overlapping_labels,
@@ -17,6 +16,7 @@ from spice_ray.core.prototypes import (
     quotas_of,
 )
 from spice_ray.core.unsupervised_loss import new_table, perfect_loss, unsupervised_loss
+from tests.core.plain_losses import double_softmax_loss
 
 
 def loss_of(embeddings: Tensor, logits: Tensor, shares: Tensor | None = None, fraction: float = 0.5) -> float:
