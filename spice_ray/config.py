@@ -327,3 +327,16 @@ def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
 def perfect_loss(num_clusters: int) -> float:
     """The unsupervised loss of perfect, balanced, certain clusters: log(1 + (K - 1) / e)."""
     return math.log1p((num_clusters - 1) / math.e)
+
+
+def merged(loss: float, num_clusters: int) -> bool:
+    """Whether an unsupervised loss is above the least one of a head that is certain and merges two of K equal classes.
+
+    Each cluster claims N / K samples. Where one cluster has two classes, the others are N / K samples short between
+    them, however they share the rest. For each of these a sample is claimed that is certain of another cluster, which
+    costs 1 more than a right claim (eq. 5): over N claims, 1 / K more than :func:`perfect_loss`.
+
+    Where it holds for the least loss of all heads, every head has merged classes, or is unsure of as much. A head that
+    is unsure which of two clusters samples belong to may merge classes below it.
+    """
+    return loss > perfect_loss(num_clusters) + 1 / num_clusters
