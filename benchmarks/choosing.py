@@ -103,6 +103,7 @@ def measure(ensemble: Ensemble) -> dict[str, Any]:
         "loss_of_chosen": ensemble.losses[ensemble.chosen],
         "loss_spread": max(ensemble.losses) - min(ensemble.losses),
         "spearman": rank_correlation(ensemble.losses, accs),
+        "spearman_of_good": rank_correlation(*of_good(ensemble.losses, accs)),
         "disagreement_auc_of_errors": auc(wrong.tolist(), found.disagreement.tolist()),
         "losses": ensemble.losses,
         "accs": accs,
@@ -112,6 +113,11 @@ def measure(ensemble: Ensemble) -> dict[str, Any]:
 def reference_first(ensemble: Ensemble) -> list[Ints]:
     chosen = ensemble.chosen
     return [ensemble.labels[chosen], *(labels for h, labels in enumerate(ensemble.labels) if h != chosen)]
+
+
+def of_good(losses: list[float], accs: list[float]) -> tuple[list[float], list[float]]:
+    good = [head for head, acc in enumerate(accs) if acc > GOOD]
+    return [losses[head] for head in good], [accs[head] for head in good]
 
 
 def rank_correlation(losses: list[float], accs: list[float]) -> float | None:
