@@ -44,8 +44,8 @@ def main() -> None:
     for name, values in curves.items():
         figure.line(zip(PROBABILITIES, values, strict=True), name)
         print(f"{name}: " + ", ".join(f"{values[n]:.3f} at {n / 100:g}" for n in (1, 10, 50, 90, 100)))
-    figure.write(options.out.with_suffix(".svg"))
     write_results({"probability": PROBABILITIES, "ratio": curves}, options.out)
+    figure.write(options.out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
