@@ -187,7 +187,11 @@ def cluster(
 def _shown(data: str) -> str:
     """The source as run.json names it: without the keys that a URL may hold."""
     from spice_ray.readers.places import is_url, place_of
+    from spice_ray.readers.synset_folders import SUBSETS
 
+    subset, _, folder = data.partition(":")
+    if subset in SUBSETS:
+        return f"{subset}:{_shown(folder)}"
     return str(place_of(data)) if is_url(data) else data
 
 

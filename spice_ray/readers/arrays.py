@@ -3,19 +3,14 @@
 N images, H rows and W columns of pixels, C channels.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from spice_ray.errors import DataError
-from spice_ray.readers.local import row_prefix
-from spice_ray.readers.npy import describe, has_labels, known_label, map_labels, map_npy
-from spice_ray.readers.packed import PackedFile, PackedSource, Row
-from spice_ray.readers.records import split_of_container
+from spice_ray.readers.files import Found
+from spice_ray.readers.npy import NpyFile, NpyRows, find_labels, open_rows
+from spice_ray.readers.packed import PackedSource
+from spice_ray.readers.places import printable
 
 _CHANNELS = (1, 3, 4)
 _CHANNELS_FIRST = (1, 3)
@@ -25,34 +20,7 @@ _NEEDED = (
 )
 
 
-@dataclass(frozen=True)
-class NpyImages:
-    """A .npy file of images with, it may be, labels beside it."""
-
-    loads_whole_files = False
-
-    def num_rows(self, path: str) -> int:
-        """N.
-
-        Raises:
-            DataError: The file holds something else, or the labels beside it do not fit.
-        """
-        images = _map_images(path)
-        map_labels(Path(path), len(images))
-        return len(images)
-
-    def rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
-        """The images as uint8, (H, W) or (H, W, C), with their labels."""
-        images = _map_images(path)
-        labels = map_labels(Path(path), len(images))
-        if len(images) < stop:
-            raise DataError(f"{path} has become shorter; write it again")
-        for row in range(start, stop):
-            # Copied, so that no record keeps the file mapped.
-            yield np.array(images[row], order="C"), known_label(labels, row)
-
-
-def open_array(file: Path) -> PackedSource:
+def open_array(file: Found) -> PackedSource:
     """A source of the images in a .npy file; row 17 of x.npy is called x.npy#17, and all are split train.
 
     Args:
@@ -62,30 +30,34 @@ def open_array(file: Path) -> PackedSource:
     Raises:
         DataError: It holds something else; the sentence names type and shape. Or its labels do not fit.
     """
-    packed = PackedFile(str(file), split_of_container(file.name), row_prefix(file))
-    return PackedSource("array", NpyImages(), (packed,), labels_known=has_labels(file)).checked()
+    rows = NpyRows(_check_images, _image, find_labels(file.place))
+    return open_rows("array", file, printable(file.place.name), rows)
 
 
-def _map_images(path: str) -> NDArray[np.uint8]:
-    """The mapped images, channels last."""
-    array = map_npy(path)
-    if array.dtype != np.uint8 or array.ndim not in (3, 4):
-        raise DataError(f"{path} holds {describe(array)}, {_NEEDED}; convert it and save it again")
+def _image(row: NDArray[np.uint8], array: NpyFile) -> NDArray[np.uint8]:
+    """The image as (H, W) or (H, W, C)."""
+    second = len(array.shape) == 4 and array.shape[3] not in _CHANNELS
+    return np.array(row.transpose(1, 2, 0) if second else row, order="C")
+
+
+def _check_images(array: NpyFile) -> None:
+    if array.dtype != np.uint8 or len(array.shape) not in (3, 4):
+        raise DataError(f"{array.place} holds {array}, {_NEEDED}; convert it and save it again")
     if 0 in array.shape[1:]:
-        raise DataError(f"{path} holds {describe(array)}, whose images have no pixels; {_NEEDED}")
-    return array if array.ndim == 3 else _channels_last(array, path)
+        raise DataError(f"{array.place} holds {array}, whose images have no pixels; {_NEEDED}")
+    if len(array.shape) == 4:
+        _check_channels(array)
 
 
-def _channels_last(array: NDArray[Any], path: str) -> NDArray[np.uint8]:
+def _check_channels(array: NpyFile) -> None:
     last, second = array.shape[3] in _CHANNELS, array.shape[1] in _CHANNELS_FIRST
     if last and second:
         raise DataError(
-            f"{path} holds {describe(array)}, of which both the second and the last axis could be the channels; "
+            f"{array.place} holds {array}, of which both the second and the last axis could be the channels; "
             "transpose(0, 2, 3, 1) it if they come second, and give each image more than 3 rows"
         )
     if not last and not second:
         raise DataError(
-            f"{path} holds {describe(array)}, of which no axis can be the channels: {_NEEDED}; "
+            f"{array.place} holds {array}, of which no axis can be the channels: {_NEEDED}; "
             "transpose(0, 2, 3, 1) it if they come second, and save it again"
         )
-    return array if last else np.moveaxis(array, 1, 3)

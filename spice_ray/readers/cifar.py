@@ -4,20 +4,20 @@ A row is 3072 bytes: 1024 of red, then green, then blue, each 32 rows of 32 pixe
 superclasses as labels (the ``coarse`` ones), which is what the paper calls CIFAR-100-20.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spice_ray.errors import DataError
-from spice_ray.readers.local import looks_like, require_files
-from spice_ray.readers.packed import PackedFile, PackedSource, Packing, Row
+from spice_ray.readers.files import Found, read_rows
+from spice_ray.readers.packed import PackedFile, PackedSource, Packing, Row, whole_rows
 from spice_ray.readers.pickled_arrays import load_pickled
+from spice_ray.readers.places import Place
 from spice_ray.readers.records import TEST, TRAIN
+from spice_ray.readers.tree import Tree
 
 _SIDE = 32
 _ROW_BYTES = 3 * _SIDE**2
@@ -32,32 +32,28 @@ class BinaryCifar10:
     num_classes = 10
     loads_whole_files = False
 
-    def num_rows(self, path: str) -> int:
+    def num_rows(self, file: Found) -> int:
         """How many images the file holds.
 
         Raises:
             DataError: Its size is no multiple of a row, or a label is none of CIFAR-10's.
         """
-        size = os.path.getsize(path)
-        if size % (1 + _ROW_BYTES):
-            raise DataError(
-                f"{path} has {size} bytes, which is not a multiple of the {1 + _ROW_BYTES} of one CIFAR-10 image: it "
-                "is truncated or not a batch; unpack the archive again"
-            )
-        rows = size // (1 + _ROW_BYTES)
-        if rows:
-            _check_labels(path, np.memmap(path, np.uint8, "r", shape=(rows, 1 + _ROW_BYTES))[:, 0], self.num_classes)
+        rows = whole_rows(file, 1 + _ROW_BYTES, "CIFAR-10")
+        labels = [piece[:, 0].copy() for piece in self._pieces(file.place, 0, rows)]
+        if labels:
+            _check_labels(file.place, np.concatenate(labels), self.num_classes)
         return rows
 
-    def rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
+    def rows(self, place: Place, start: int, stop: int) -> Iterator[Row]:
         """The images as uint8 RGB, (32, 32, 3), with labels 0 to 9."""
-        with open(path, "rb") as file:
-            file.seek(start * (1 + _ROW_BYTES))
-            for _ in range(start, stop):
-                row = file.read(1 + _ROW_BYTES)
-                if len(row) < 1 + _ROW_BYTES:
-                    raise DataError(f"{path} has become shorter; unpack the archive again")
-                yield _image(np.frombuffer(row, np.uint8, offset=1)), row[0]
+        for piece in self._pieces(place, start, stop):
+            for row in piece:
+                yield _image(row[1:]), int(row[0])
+
+    def _pieces(self, place: Place, start: int, stop: int) -> Iterator[NDArray[np.uint8]]:
+        row_bytes = 1 + _ROW_BYTES
+        for piece in read_rows(place, start * row_bytes, row_bytes, stop - start):
+            yield np.frombuffer(piece, np.uint8).reshape(-1, row_bytes)
 
 
 @dataclass(frozen=True)
@@ -68,33 +64,33 @@ class PickledCifar:
     num_classes: int
     loads_whole_files = True
 
-    def num_rows(self, path: str) -> int:
+    def num_rows(self, file: Found) -> int:
         """How many images the file holds.
 
         Raises:
             DataError: It is not such a dictionary, or holds anything beside plain data.
         """
-        return len(self._load(path)[0])
+        return len(self._load(file.place)[0])
 
-    def rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
+    def rows(self, place: Place, start: int, stop: int) -> Iterator[Row]:
         """The images as uint8 RGB, (32, 32, 3), with labels 0 to ``num_classes`` - 1."""
-        pixels, labels = self._load(path)
+        pixels, labels = self._load(place)
         if len(pixels) < stop:
-            raise DataError(f"{path} has become shorter; unpack the archive again")
+            raise DataError(f"{place} has become shorter; unpack the archive again")
         for row in range(start, stop):
             yield _image(pixels[row]), labels[row]
 
-    def _load(self, path: str) -> tuple[NDArray[np.uint8], list[int]]:
-        batch = load_pickled(path)
+    def _load(self, place: Place) -> tuple[NDArray[np.uint8], list[int]]:
+        batch = load_pickled(place)
         pixels, labels = (batch.get(b"data"), batch.get(self.label_key)) if isinstance(batch, dict) else (None, None)
         if not (isinstance(pixels, np.ndarray) and pixels.shape[1:] == (_ROW_BYTES,)) or not _are_integers(labels):
             raise DataError(
-                f"{path} is not a CIFAR batch with uint8 data (N, {_ROW_BYTES}) and a list {self.label_key.decode()}; "
+                f"{place} is not a CIFAR batch with uint8 data (N, {_ROW_BYTES}) and a list {self.label_key.decode()}; "
                 "unpack the archive again"
             )
         if len(pixels) != len(labels):
-            raise DataError(f"{path} holds {len(pixels)} images but {len(labels)} labels; unpack the archive again")
-        _check_labels(path, np.array(labels), self.num_classes)
+            raise DataError(f"{place} holds {len(pixels)} images but {len(labels)} labels; unpack the archive again")
+        _check_labels(place, np.array(labels), self.num_classes)
         return pixels, labels
 
 
@@ -117,7 +113,7 @@ _LAYOUTS = (
 )
 
 
-def open_cifar(folder: Path) -> PackedSource | None:
+def open_cifar(folder: Tree) -> PackedSource | None:
     """A source of CIFAR-10 or CIFAR-100 where ``folder`` holds one of their published layouts.
 
     Images are called cifar10/train/00017 and so on, in published order, equally in both versions of CIFAR-10.
@@ -126,15 +122,15 @@ def open_cifar(folder: Path) -> PackedSource | None:
         DataError: It does, but a file is missing.
     """
     for layout in _LAYOUTS:
-        if looks_like(folder, (*layout.train, layout.test, layout.names)):
+        if folder.looks_like((*layout.train, layout.test, layout.names)):
             return _open(folder, layout)
     return None
 
 
-def _open(folder: Path, layout: _Layout) -> PackedSource:
-    require_files(folder, (*layout.train, layout.test), layout.title)
-    named = [(name, TRAIN) for name in layout.train] + [(layout.test, TEST)]
-    files = tuple(PackedFile(str(folder / name), split, f"{layout.kind}/{split}/", 5) for name, split in named)
+def _open(folder: Tree, layout: _Layout) -> PackedSource:
+    *train, test = folder.require((*layout.train, layout.test), layout.title)
+    splits = [(file, TRAIN) for file in train] + [(test, TEST)]
+    files = tuple(PackedFile(file, split, f"{layout.kind}/{split}/", 5) for file, split in splits)
     return PackedSource(layout.kind, layout.packing, files, labels_known=True, published=_PUBLISHED)
 
 
@@ -147,9 +143,9 @@ def _are_integers(labels: object) -> TypeGuard[list[int]]:
     return isinstance(labels, list) and all(type(label) is int for label in labels)
 
 
-def _check_labels(path: str, labels: NDArray[np.integer], num_classes: int) -> None:
+def _check_labels(place: Place, labels: NDArray[np.integer], num_classes: int) -> None:
     if labels.size and not (labels.min() >= 0 and labels.max() < num_classes):
         raise DataError(
-            f"{path} holds labels {labels.min()} to {labels.max()} instead of 0 to {num_classes - 1}; "
+            f"{place} holds labels {labels.min()} to {labels.max()} instead of 0 to {num_classes - 1}; "
             "unpack the archive again"
         )

@@ -3,19 +3,19 @@
 N rows, D numbers in each.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from spice_ray.errors import DataError
-from spice_ray.readers.local import digest_files, row_prefix
-from spice_ray.readers.npy import describe, has_labels, known_label, map_labels, map_npy
-from spice_ray.readers.packed import PackedFile, PackedSource, Row
-from spice_ray.readers.records import Chunk, split_of_container
+from spice_ray.readers.files import Found, ask_each, digest_files, relative_names
+from spice_ray.readers.npy import NpyFile, NpyRows, find_labels, npy_header, open_rows
+from spice_ray.readers.packed import PackedSource
+from spice_ray.readers.records import Chunk, Unreadable
 from spice_ray.readers.vector_tables import VectorTable, open_vector_table
 from spice_ray.readers.vectors import checked_vector
 
@@ -23,36 +23,10 @@ _FLOAT_BYTES = (2, 4, 8)
 
 
 @dataclass(frozen=True)
-class NpyVectors:
-    """A .npy file of vectors with, it may be, labels beside it."""
-
-    loads_whole_files = False
-
-    def num_rows(self, path: str) -> int:
-        """N.
-
-        Raises:
-            DataError: The file holds something else, or the labels beside it do not fit.
-        """
-        vectors = _map_vectors(path)
-        map_labels(Path(path), len(vectors))
-        return len(vectors)
-
-    def rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
-        """The vectors as float32, (D,), with their labels; one that cannot be used is its reason."""
-        vectors = _map_vectors(path)
-        labels = map_labels(Path(path), len(vectors))
-        if len(vectors) < stop:
-            raise DataError(f"{path} has become shorter; write it again")
-        for row in range(start, stop):
-            yield checked_vector(vectors[row], vectors.shape[1]), known_label(labels, row)
-
-
-@dataclass(frozen=True)
 class EmbeddingSource:
     """One file of embeddings or several, all of the same width."""
 
-    files: tuple[Path, ...]
+    files: tuple[Found, ...]
     dim: int
     """D."""
     labels_known: bool
@@ -61,20 +35,20 @@ class EmbeddingSource:
     @cached_property
     def _opened(self) -> tuple[PackedSource | VectorTable, ...]:
         """Every file, its header read once and held against the first one's."""
-        opened = []
-        for file in self.files:
-            contents, dim = _open(file)
+        named = list(zip(self.files, relative_names(self.files), strict=True))
+        on_server = any(file.place.server for file in self.files)
+        opened = ask_each(lambda file: _open(*file), named, on_server=on_server)
+        for file, (_, dim) in zip(self.files, opened, strict=True):
             if dim != self.dim:
                 raise DataError(
-                    f"{file} holds embeddings of {dim} numbers and {self.files[0]} of {self.dim}; "
+                    f"{file.place} holds embeddings of {dim} numbers and {self.files[0].place} of {self.dim}; "
                     "give files of one model alone"
                 )
-            opened.append(contents)
-        return tuple(opened)
+        return tuple(contents for contents, _ in opened)
 
     def listing_digest(self) -> str:
         """32 hex digits over the names, sizes and modification times of the files that hold embeddings."""
-        return digest_files(self.kind, [(file.name, str(file)) for file in self.files])
+        return digest_files(self.kind, self.files)
 
     def encoded_bytes(self) -> None:
         """None: the rows are plain numbers and no encoded files, which shards could hold as they are."""
@@ -88,24 +62,24 @@ class EmbeddingSource:
         """
         chunks = [chunk for opened in self._opened for chunk in opened.chunks(rows_per_chunk)]
         if not chunks:
-            raise DataError(f"{self.files[0]} holds no embedding; give a file with at least one row")
+            raise DataError(f"{self.files[0].place} holds no embedding; give a file with at least one row")
         return chunks
 
 
-def holds_embeddings(file: Path) -> bool:
+def holds_embeddings(file: Found) -> bool:
     """Whether a .npy file holds floating-point rows.
 
     False too for a file that cannot be read: whoever opens it as images will say why.
     """
     try:
-        array = map_npy(str(file))
-    except (OSError, DataError):
+        array = npy_header(file.place)
+    except DataError:
         # Not lost: open_array meets the same error.
         return False
-    return array.ndim == 2 and array.dtype.kind == "f"
+    return len(array.shape) == 2 and array.dtype.kind == "f"
 
 
-def open_embeddings(files: Sequence[Path]) -> EmbeddingSource:
+def open_embeddings(files: Sequence[Found]) -> EmbeddingSource:
     """A source of embeddings; only the first file's header is read now.
 
     Args:
@@ -115,24 +89,26 @@ def open_embeddings(files: Sequence[Path]) -> EmbeddingSource:
     Raises:
         DataError: The first file holds something else.
     """
-    contents, dim = _open(files[0])
+    contents, dim = _open(files[0], relative_names(files)[0])
     return EmbeddingSource(tuple(files), dim, contents.labels_known)
 
 
-def _open(file: Path) -> tuple[PackedSource | VectorTable, int]:
-    if file.suffix.lower() == ".npy":
-        packed = PackedFile(str(file), split_of_container(file.name), row_prefix(file))
-        source = PackedSource("embeddings", NpyVectors(), (packed,), labels_known=has_labels(file)).checked()
-        return source, _map_vectors(str(file)).shape[1]
-    table = open_vector_table(file)
+def _open(file: Found, name: str) -> tuple[PackedSource | VectorTable, int]:
+    if file.place.name.lower().endswith(".npy"):
+        rows = NpyRows(_check_vectors, _vector, find_labels(file.place))
+        return open_rows("embeddings", file, name, rows), npy_header(file.place).shape[1]
+    table = open_vector_table(file.place, name)
     return table, table.dim
 
 
-def _map_vectors(path: str) -> NDArray[Any]:
-    array = map_npy(path)
-    if array.dtype.kind != "f" or array.dtype.itemsize not in _FLOAT_BYTES or array.ndim != 2 or array.shape[1] == 0:
+def _vector(row: NDArray[Any], array: NpyFile) -> NDArray[np.float32] | Unreadable:
+    return checked_vector(row, array.shape[1])
+
+
+def _check_vectors(array: NpyFile) -> None:
+    is_float = array.dtype.kind == "f" and array.dtype.itemsize in _FLOAT_BYTES
+    if not is_float or len(array.shape) != 2 or array.shape[1] == 0:
         raise DataError(
-            f"{path} holds {describe(array)}, needed are embeddings in float16, float32 or float64 of shape (N, D) "
+            f"{array.place} holds {array}, needed are embeddings in float16, float32 or float64 of shape (N, D) "
             "with D > 0; convert it and save it again"
         )
-    return array

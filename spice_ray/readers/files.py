@@ -1,13 +1,15 @@
 """Files wherever they are: found, listed and read in the same way on a local file system and on a server."""
 
 import glob
+import hashlib
 import os
 import re
 import stat
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from spice_ray.errors import DataError
 from spice_ray.readers import remote
@@ -22,7 +24,12 @@ MAX_FILE_BYTES = 1 << 30
 # A server answers many requests at a time in about the time of one; the results wait in memory for their turn.
 _REQUESTS_AT_A_TIME = 16
 _FILES_AHEAD = 32
+# Rows are read so many bytes at a time; a request to a server costs as much time as some megabytes.
+_PIECE_BYTES = 1 << 20
+_REMOTE_PIECE_BYTES = 8 << 20
 _WILDCARDS = "*?["
+_Item = TypeVar("_Item")
+_Answer = TypeVar("_Answer")
 
 
 class Found(NamedTuple):
@@ -59,7 +66,7 @@ def find(place: Place) -> Found | None:
 
 
 def list_remote(folder: Place, *, nested: bool = True) -> list[remote.RemoteFile]:
-    """All files of a folder on a server; names are relative to it.
+    """All files of a folder on a server, none where there is no such folder; names are relative to it.
 
     Raises:
         DataError: The server cannot be asked, or refuses.
@@ -106,6 +113,18 @@ def open_input(place: Place) -> "pa.NativeFile":
     return pa.OSFile(place.path)
 
 
+def file_size(file: Found) -> int:
+    """Bytes of a file, asked for where the listing did not say.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    if file.size is not None:
+        return file.size
+    with remote.reporting(), open_input(file.place) as opened:
+        return int(opened.size())
+
+
 def open_stream(place: Place) -> "pa.NativeFile":
     """The file for reading from its beginning to its end.
 
@@ -115,17 +134,27 @@ def open_stream(place: Place) -> "pa.NativeFile":
     return remote.open_stream(place) if place.server else open_input(place)
 
 
+def read_whole(place: Place) -> bytes:
+    """The content of a file.
+
+    Raises:
+        OSError: It cannot be read, or is larger than what is read of one file.
+        ValueError: The place is no path at all.
+    """
+    if not place.server:
+        return _read_local(place.path)
+    data = remote.read(place, MAX_FILE_BYTES)
+    if len(data) > MAX_FILE_BYTES:
+        raise OSError(f"it has more than the {MAX_FILE_BYTES} bytes that are read")
+    return data
+
+
 def read_file(place: Place) -> bytes | Unreadable:
     """The content of a file, or why there is none; one lost file must not end the ingest of millions."""
     try:
-        if not place.server:
-            return _read_local(place.path)
-        data = remote.read(place, MAX_FILE_BYTES)
+        return read_whole(place)
     except (OSError, ValueError) as error:
         return Unreadable(f"the file cannot be read: {explain(error)}")
-    if len(data) > MAX_FILE_BYTES:
-        return Unreadable(f"the file has more than the {MAX_FILE_BYTES} bytes that are read")
-    return data
 
 
 def read_files(places: Sequence[Place]) -> Iterator[bytes | Unreadable]:
@@ -147,6 +176,44 @@ def read_files(places: Sequence[Place]) -> Iterator[bytes | Unreadable]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+def read_rows(place: Place, first_byte: int, row_bytes: int, num_rows: int) -> Iterator[bytes]:
+    """Rows of equal length that lie one after the other in a file, some whole ones at a time.
+
+    Args:
+        place: The file; of one on a server nothing but these rows is fetched.
+        first_byte: Where the first of them begins.
+        row_bytes: Length of a row, > 0.
+        num_rows: How many follow each other.
+
+    Raises:
+        DataError: The file ends before the last row; what is whole was given before.
+        OSError: It cannot be read.
+    """
+    rows_per_piece = max(1, (_REMOTE_PIECE_BYTES if place.server else _PIECE_BYTES) // row_bytes)
+    with remote.reporting() if place.server else nullcontext(), open_input(place) as file:
+        # Some file systems refuse to go beyond the end.
+        file.seek(min(first_byte, file.size()))
+        while num_rows > 0:
+            asked = min(rows_per_piece, num_rows)
+            piece: bytes = file.read(asked * row_bytes)
+            whole = len(piece) // row_bytes
+            if whole:
+                yield piece if whole == asked else piece[: whole * row_bytes]
+            num_rows -= whole
+            if whole < asked:
+                break
+    if num_rows > 0:
+        raise DataError(f"{place} has become shorter; write or unpack it again")
+
+
+def ask_each(ask: Callable[[_Item], _Answer], items: Sequence[_Item], *, on_server: bool) -> list[_Answer]:
+    """What ``ask`` says of each, in order; a server is asked many questions at a time."""
+    if not on_server:
+        return [ask(item) for item in items]
+    with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as pool:
+        return list(pool.map(ask, items))
+
+
 def stamp(name: str, size: int | None, mtime_ns: int | None) -> bytes:
     """What a listing digest takes in of a file; without size and time it is one that is gone."""
     encoded = os.fsencode(name)
@@ -164,10 +231,24 @@ def relative_names(files: Sequence[Found]) -> list[str]:
     return [printable(os.path.relpath(file.place.path, common or ".")) for file in files]
 
 
-def sum_sizes(files: Sequence[Found]) -> int | None:
+def digest_files(kind: str, files: Sequence[Found]) -> str:
+    """The listing digest of a source of ``files``: 32 hex digits over their names, sizes and modification times."""
+    named = zip(relative_names(files), files, strict=True)
+    return digest_stamps(kind, (stamp(name, file.size, file.mtime_ns) for name, file in named))
+
+
+def digest_stamps(kind: str, stamps: Iterable[bytes]) -> str:
+    """The listing digest of a source whose files have these stamps, in this order."""
+    digest = hashlib.blake2b(kind.encode(), digest_size=16)
+    for line in stamps:
+        digest.update(line)
+    return digest.hexdigest()
+
+
+def sum_sizes(sizes: Sequence[int | None]) -> int | None:
     """The sizes of files together; None where one is not known."""
-    sizes = [file.size for file in files if file.size is not None]
-    return sum(sizes) if len(sizes) == len(files) else None
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
 
 
 def _expand_remote(pattern: Place) -> list[Found]:
@@ -193,13 +274,13 @@ def _refused(place: Place, error: remote.RemoteError) -> str:
     return f"{place} cannot be reached ({error}); check the URL, the network and the credentials"
 
 
-def _read_local(path: str) -> bytes | Unreadable:
+def _read_local(path: str) -> bytes:
     with open(path, "rb", opener=_open_at_once) as file:
         info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode):
-            return Unreadable("the file cannot be read: it is a pipe or a device")
+            raise OSError("it is a pipe or a device")
         if info.st_size > MAX_FILE_BYTES:
-            return Unreadable(f"the file has {info.st_size} bytes, more than the {MAX_FILE_BYTES} that are read")
+            raise OSError(f"it has {info.st_size} bytes, more than the {MAX_FILE_BYTES} that are read")
         return file.read()
 
 

@@ -1,19 +1,17 @@
 """A folder of image files, nested as deep as one likes, local or on a server."""
 
-import hashlib
 import logging
 import os
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
 from spice_ray.errors import DataError
-from spice_ray.readers.files import is_hidden, list_remote, read_files, stamp
+from spice_ray.readers.files import digest_stamps, is_hidden, list_remote, read_files, stamp, sum_sizes
 from spice_ray.readers.places import Place, place_of, printable
 from spice_ray.readers.records import SPLIT_FOLDERS, TRAIN, Chunk, Record, split_of_folder
 
@@ -127,28 +125,22 @@ def walk(root: Place) -> Iterator[Entry]:
     if not root.server:
         yield from _walk_local(root.path)
         return
-    for file in list_remote(root):
-        if not is_hidden(file.name):
-            yield Entry(file.name, "image" if has_image_name(file.name) else "other", file.size, file.mtime_ns)
+    yield from _remote_entries(root, nested=True)
 
 
-def list_images(root: Path) -> Listing:
-    """All image files of a local folder, and the number of everything else that is not hidden.
+def list_folder(folder: Place) -> list[Entry] | None:
+    """Every file directly in ``folder`` that is not hidden, in no order; None where there is no such folder.
 
     Raises:
-        DataError: A folder cannot be listed.
+        DataError: It cannot be listed.
     """
-    return _listing(_walk_local(str(root)))
-
-
-def file_stamp(root: Path, name: str) -> bytes:
-    """Name, size and modification time of a local file, for a listing digest; a file that is gone keeps its name."""
-    try:
-        info = os.stat(os.path.join(root, name))
-    except (OSError, ValueError):
-        # Reading it will list it as a reject; the digest must only differ from that of the whole file.
-        return stamp(name, None, None)
-    return stamp(name, info.st_size, info.st_mtime_ns)
+    if folder.server:
+        # A server knows no empty folders.
+        return list(_remote_entries(folder, nested=False)) or None
+    if not os.path.isdir(folder.path):
+        return None
+    files = (entry for entry in _entries(folder.path, "") if not entry.is_dir(follow_symlinks=False))
+    return [_described(entry, entry.name) for entry in files]
 
 
 def has_image_name(name: str) -> bool:
@@ -167,12 +159,14 @@ def _listing(entries: Iterable[Entry]) -> Listing:
             num_others += kind == "other"
             num_links += kind == "link"
     stamps.sort()
-    digest = hashlib.blake2b(b"folder", digest_size=16)
-    for line in stamps:
-        digest.update(line)
     names = tuple(os.fsdecode(line.partition(b"\0")[0]) for line in stamps)
-    known = [size for size in sizes if size is not None]
-    return Listing(names, num_others, num_links, digest.hexdigest(), sum(known) if len(known) == len(sizes) else None)
+    return Listing(names, num_others, num_links, digest_stamps("folder", stamps), sum_sizes(sizes))
+
+
+def _remote_entries(folder: Place, *, nested: bool) -> Iterator[Entry]:
+    for file in list_remote(folder, nested=nested):
+        if not is_hidden(file.name):
+            yield Entry(file.name, "image" if has_image_name(file.name) else "other", file.size, file.mtime_ns)
 
 
 def _walk_local(root: str) -> Iterator[Entry]:

@@ -1,8 +1,6 @@
 """Parquet files with a column of encoded images, plain or in the Hugging Face struct."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -13,7 +11,7 @@ import pyarrow.parquet as pq
 
 from spice_ray.errors import DataError
 from spice_ray.readers.columns import LABEL_COLUMN, Beside, columns_beside, rows_beside
-from spice_ray.readers.files import Found, open_input, relative_names, stamp, sum_sizes
+from spice_ray.readers.files import Found, ask_each, digest_files, open_input, relative_names, sum_sizes
 from spice_ray.readers.places import Place, explain
 from spice_ray.readers.records import Chunk, Record, Unreadable, split_of_container
 
@@ -26,7 +24,6 @@ _ROWS_PER_READ = 64
 _READ_BUFFER_BYTES = 1 << 20
 # A request to a server costs as much time as some megabytes.
 _REMOTE_BUFFER_BYTES = 8 << 20
-_FOOTERS_AT_A_TIME = 16
 
 
 class Footer(NamedTuple):
@@ -65,7 +62,7 @@ class ParquetChunk:
             except Exception as error:
                 # The file is gone, shorter than it was or damaged, or its server fails in whatever way: its other
                 # chunks may still be read, these rows are listed with the reason.
-                reason = Unreadable(f"the Parquet file cannot be read: {_reason(error)}")
+                reason = Unreadable(f"the Parquet file cannot be read: {why_unread(error)}")
                 yield from (self._record(lost, Beside(None, None), reason) for lost in range(row, self.stop))
                 return
             yield self._record(row, beside, data)
@@ -107,11 +104,8 @@ class ParquetSource:
     @cached_property
     def _footers(self) -> tuple[Footer, ...]:
         """Every file's footer, read once and held against the first one's."""
-        if not any(file.place.server for file in self.files):
-            footers = [read_footer(file.place) for file in self.files]
-        else:
-            with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
-                footers = list(pool.map(read_footer, [file.place for file in self.files]))
+        places = [file.place for file in self.files]
+        footers = ask_each(read_footer, places, on_server=any(place.server for place in places))
         first = footers[0].columns[0]
         for file, footer in zip(self.files, footers, strict=True):
             if footer.columns[0] != first:
@@ -123,14 +117,11 @@ class ParquetSource:
 
     def listing_digest(self) -> str:
         """32 hex digits over the names, sizes and modification times of the files."""
-        digest = hashlib.blake2b(self.kind.encode(), digest_size=16)
-        for file, name in zip(self.files, relative_names(self.files), strict=True):
-            digest.update(stamp(name, file.size, file.mtime_ns))
-        return digest.hexdigest()
+        return digest_files(self.kind, self.files)
 
     def encoded_bytes(self) -> int | None:
         """The sizes of all files together; None where a server does not say."""
-        return sum_sizes(self.files)
+        return sum_sizes([file.size for file in self.files])
 
     def chunks(self, rows_per_chunk: int) -> list[Chunk]:
         """The rows in chunks that never cross a row group.
@@ -178,7 +169,7 @@ def read_metadata(place: Place) -> tuple[pq.FileMetaData, pa.Schema]:
     except Exception as error:
         # Storage libraries have errors of their own; all of them end here, with the reason.
         raise DataError(
-            f"{place} is not a readable Parquet file ({_reason(error)}); give a Parquet file, a folder of "
+            f"{place} is not a readable Parquet file ({why_unread(error)}); give a Parquet file, a folder of "
             "Parquet files or a folder of images"
         ) from None
 
@@ -200,15 +191,16 @@ def read_footer(place: Place) -> Footer:
     return Footer((image, *columns_beside(schema, place)), rows)
 
 
+def why_unread(error: Exception) -> str:
+    """Why a Parquet file cannot be read, in a few words."""
+    return explain(error) if isinstance(error, OSError) else type(error).__name__
+
+
 def _holds_images(type_: pa.DataType) -> bool:
     if pa.types.is_struct(type_):
         index = type_.get_field_index("bytes")
         return index >= 0 and _holds_images(type_.field(index).type)
     return any(is_kind(type_) for is_kind in (pa.types.is_binary, pa.types.is_large_binary))
-
-
-def _reason(error: Exception) -> str:
-    return explain(error) if isinstance(error, OSError) else type(error).__name__
 
 
 def _file_chunks(place: Place, name: str, footer: Footer, rows_per_chunk: int) -> Iterator[Chunk]:

@@ -4,6 +4,7 @@ A pickle is a program that may call any function by name. Here no name leads to 
 array needs lead to a stand-in that only keeps what it is given, and every other one ends the reading.
 """
 
+import io
 import math
 import pickle
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from spice_ray.errors import DataError
+from spice_ray.readers.files import read_whole
+from spice_ray.readers.places import Place
 
 # Where NumPy keeps _reconstruct depends on the version that wrote the file.
 _ARRAY_NAMES = frozenset(
@@ -23,11 +26,11 @@ _ARRAY_NAMES = frozenset(
 )
 
 
-def load_pickled(path: str) -> object:
+def load_pickled(place: Place) -> object:
     """Load a pickle of plain containers, numbers, bytes and uint8 arrays.
 
     Args:
-        path: A file of any pickle protocol; Python 2's strings come as bytes.
+        place: A file of any pickle protocol; Python 2's strings come as bytes.
 
     Returns:
         What was pickled; uint8 arrays only where they are the value of a dictionary at the top.
@@ -36,24 +39,22 @@ def load_pickled(path: str) -> object:
         DataError: The file is not a pickle, is damaged, or names anything beside what an array needs.
         OSError: It cannot be read.
     """
-    with open(path, "rb") as file:
-        try:
-            loaded = _PlainUnpickler(file, encoding="bytes").load()
-            if isinstance(loaded, dict):
-                return {key: value.array() if isinstance(value, _Kept) else value for key, value in loaded.items()}
-            return loaded
-        except OSError:
-            raise
-        except _Forbidden as error:
-            raise DataError(
-                f"{path} is a pickle that wants to use {error}, which no published data needs; "
-                "do not trust it, download the archive again"
-            ) from None
-        except Exception as error:
-            # Hostile or damaged bytes end the unpickler with nearly any error there is.
-            raise DataError(
-                f"{path} is not a readable pickle ({type(error).__name__}); unpack the archive again"
-            ) from None
+    file = io.BytesIO(read_whole(place))
+    try:
+        loaded = _PlainUnpickler(file, encoding="bytes").load()
+        if isinstance(loaded, dict):
+            return {key: value.array() if isinstance(value, _Kept) else value for key, value in loaded.items()}
+        return loaded
+    except _Forbidden as error:
+        raise DataError(
+            f"{place} is a pickle that wants to use {error}, which no published data needs; "
+            "do not trust it, download the archive again"
+        ) from None
+    except Exception as error:
+        # Hostile or damaged bytes end the unpickler with nearly any error there is.
+        raise DataError(
+            f"{place} is not a readable pickle ({type(error).__name__}); unpack the archive again"
+        ) from None
 
 
 class _Forbidden(Exception):  # noqa: N818 (caught above, never seen by a caller)

@@ -1,5 +1,6 @@
 """The place of a file or a folder: a local path, or a path on a server that a URL names; and how both are shown."""
 
+import errno
 import os
 import re
 from dataclasses import dataclass, replace
@@ -101,7 +102,8 @@ def explain(error: BaseException) -> str:
     if aws is not None:
         code = aws[1] or aws[2].lower().replace("_", " ")
         return f"{code}: {_one_line(aws[3])}" if aws[3] else code
-    number = getattr(error, "errno", None)
+    # fsspec gives nothing but the path or the URL here.
+    number = errno.ENOENT if isinstance(error, FileNotFoundError) else getattr(error, "errno", None)
     if isinstance(number, int):
         return os.strerror(number)
     text = _one_line(without_user(str(error)))

@@ -40,7 +40,7 @@ def stat(place: Place) -> RemoteFile | None:
     Raises:
         RemoteError: The server cannot be asked, or refuses.
     """
-    with _reporting():
+    with reporting():
         if place.is_web:
             return _stat_web(place)
         system, path = _locate(place)
@@ -49,18 +49,18 @@ def stat(place: Place) -> RemoteFile | None:
 
 
 def list_files(folder: Place, *, nested: bool) -> list[RemoteFile]:
-    """All files of a folder, in no order.
+    """All files of a folder, in no order; none where there is no such folder.
 
     Raises:
         RemoteError: The server cannot be asked, or refuses.
     """
     from pyarrow.fs import FileSelector
 
-    with _reporting():
+    with reporting():
         if folder.is_web:
             raise RemoteError("files on a web server cannot be listed; give a list of their URLs")
         system, path = _locate(folder)
-        found = system.get_file_info(FileSelector(path, recursive=nested))
+        found = system.get_file_info(FileSelector(path, allow_not_found=True, recursive=nested))
     # Some file systems write a leading slash here and not there.
     start = path.strip("/")
     names = (info.path.lstrip("/").removeprefix(start).lstrip("/") for info in found)
@@ -73,7 +73,14 @@ def open_input(place: Place) -> "pa.NativeFile":
     Raises:
         RemoteError: It cannot be opened.
     """
-    with _reporting():
+    import pyarrow as pa
+
+    with reporting():
+        if place.is_web:
+            size, _ = web.stat_url(_web_url(place))
+            # Not every web server gives parts of a file.
+            if size is not None and size <= _BUFFER_BYTES:
+                return pa.BufferReader(web.read_url(_web_url(place), _BUFFER_BYTES))
         system, path = _locate(place)
         return system.open_input_file(path)
 
@@ -86,7 +93,7 @@ def open_stream(place: Place) -> "pa.NativeFile":
     """
     import pyarrow as pa
 
-    with _reporting():
+    with reporting():
         if place.is_web:
             return pa.PythonFile(web.open_url(_web_url(place)), mode="r")
         system, path = _locate(place)
@@ -99,7 +106,7 @@ def read(place: Place, max_bytes: int) -> bytes:
     Raises:
         RemoteError: It cannot be read.
     """
-    with _reporting():
+    with reporting():
         if place.is_web:
             return web.read_url(_web_url(place), max_bytes)
         with open_input(place) as file:
@@ -147,7 +154,8 @@ def _connect(server: str) -> tuple["FileSystem", str]:
 
 
 @contextmanager
-def _reporting() -> Iterator[None]:
+def reporting() -> Iterator[None]:
+    """Whatever a storage library raises within becomes a ``RemoteError`` that says why."""
     try:
         yield
     except RemoteError:

@@ -1,12 +1,12 @@
 """From a path or a name to a source of images; what cannot be used is refused here, in a second or two."""
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from spice_ray.errors import DataError
 from spice_ray.readers.arrays import open_array
-from spice_ray.readers.benchmarks import open_benchmark
+from spice_ray.readers.benchmarks import open_benchmark, open_subset
 from spice_ray.readers.digits import DigitsSource
 from spice_ray.readers.embeddings import holds_embeddings, open_embeddings
 from spice_ray.readers.files import Found, expand, find, has_wildcard
@@ -17,6 +17,7 @@ from spice_ray.readers.places import Place, place_of
 from spice_ray.readers.records import Chunk, Record, Source, Unreadable, read_chunk
 from spice_ray.readers.synset_folders import SUBSETS
 from spice_ray.readers.tar import ARCHIVE_SUFFIXES, open_tar
+from spice_ray.readers.tree import Tree
 from spice_ray.readers.vector_tables import VECTOR_COLUMNS, vector_columns
 
 __all__ = ["Chunk", "Record", "Source", "Unreadable", "open_source", "read_chunk"]
@@ -47,12 +48,13 @@ def open_source(path: str, labels_from_folders: bool = False) -> Source:
             - a tar archive of images, or several: a folder or a pattern, as with Parquet;
             - a text file (.txt) with one path or URL on each line;
             - a .npy array of images or of embeddings;
-            - a benchmark as it is published (see ``benchmarks``);
+            - the folder of a benchmark as it is published (see ``benchmarks``), or a part of ImageNet by its name:
+              ``imagenet10:FOLDER`` and ``imagenet_dog:FOLDER``;
             - the word ``digits`` for the bundled handwritten digits (a folder of that name is ``./digits``).
 
-            Arrays, embeddings, benchmarks and the digits are local; all else may be on a server: s3://bucket/folder, or
-            any URL that pyarrow or fsspec opens. A web server lists no folders, so that http:// and https:// are for
-            single files.
+            All but the digits may be on a server: s3://bucket/folder, or any URL that pyarrow or fsspec opens. A web
+            server lists no folders, so that http:// and https:// are for single files; Parquet and arrays of more than
+            a few megabytes need one that gives parts of a file.
         labels_from_folders: Take the name of an image's parent folder for its label; image folders alone.
 
     Raises:
@@ -62,10 +64,9 @@ def open_source(path: str, labels_from_folders: bool = False) -> Source:
         return DigitsSource()
     if not path:
         raise DataError(f"an empty path does not exist; {_KINDS}")
-    if path.partition(":")[0] in SUBSETS:
-        subset = open_benchmark(path)
-        assert subset is not None
-        return subset
+    subset, _, folder = path.partition(":")
+    if subset in SUBSETS:
+        return open_subset(subset, folder)
     place = place_of(path)
     found = find(place)
     if found is None:
@@ -83,10 +84,11 @@ def _open_pattern(place: Place) -> Source:
 
 
 def _open_folder(folder: Place, path: str, labels_from_folders: bool) -> Source:
-    benchmark = None if folder.server else open_benchmark(folder.path)
+    # A server is asked once for all that is in a folder.
+    entries = tuple(walk(folder)) if folder.server else None
+    benchmark = open_benchmark(Tree(folder, entries))
     if benchmark is not None:
         return benchmark
-    entries = tuple(walk(folder)) if folder.server else None
     contents = _contents(folder, walk(folder) if entries is None else entries)
     if contents is None:
         return FolderSource(path if folder.server else folder.path, labels_from_folders, entries)
@@ -142,7 +144,7 @@ def _open_tables(files: Sequence[Found]) -> Source:
     vectors, paths = vector_columns(schema), find_path_column(schema)
     # A list of images may have boxes or scores beside the paths: only by their name such are embeddings.
     if vectors and (paths is None or vectors[0] in VECTOR_COLUMNS):
-        return open_embeddings(_local(files))
+        return open_embeddings(files)
     if paths is not None:
         return open_parquet_list(_single(files), schema)
     # It says what is missing.
@@ -156,21 +158,10 @@ def _open_list(files: Sequence[Found]) -> Source:
 def _open_arrays(files: Sequence[Found]) -> Source:
     # A pattern catches the labels beside an array too.
     files = [file for file in files if not file.place.name.endswith(".labels.npy")] or files
-    paths = _local(files)
-    return open_embeddings(paths) if holds_embeddings(paths[0]) else open_array(Path(_single(files).place.path))
+    return open_embeddings(files) if holds_embeddings(files[0]) else open_array(_single(files))
 
 
 def _single(files: Sequence[Found]) -> Found:
     if len(files) > 1:
         raise DataError(f"{files[0].place} is one of {len(files)} files of its kind, of which one is read; give one")
     return files[0]
-
-
-def _local(files: Sequence[Found]) -> list[Path]:
-    for file in files:
-        if file.place.server:
-            raise DataError(
-                f"{file.place} is on a server, and arrays and embeddings are read from local files alone; "
-                "make a local copy"
-            )
-    return [Path(file.place.path) for file in files]

@@ -4,7 +4,6 @@ Members of one sample stand side by side and share a key: the name up to the fir
 name, the extension, says what a member is: an image, a label in text (``cls``), or fields with a ``label`` (``json``).
 """
 
-import hashlib
 import json
 import posixpath
 import tarfile
@@ -17,7 +16,15 @@ import pyarrow as pa
 
 from spice_ray.errors import DataError
 from spice_ray.readers.columns import known_label
-from spice_ray.readers.files import MAX_FILE_BYTES, Found, is_hidden, open_stream, relative_names, stamp, sum_sizes
+from spice_ray.readers.files import (
+    MAX_FILE_BYTES,
+    Found,
+    digest_files,
+    is_hidden,
+    open_stream,
+    relative_names,
+    sum_sizes,
+)
 from spice_ray.readers.folder import has_image_name
 from spice_ray.readers.places import Place, explain, printable
 from spice_ray.readers.records import TRAIN, Chunk, Record, Unreadable, split_of_container, split_of_folder
@@ -134,14 +141,11 @@ class TarSource:
 
     def listing_digest(self) -> str:
         """32 hex digits over the names, sizes and modification times of the archives."""
-        digest = hashlib.blake2b(self.kind.encode(), digest_size=16)
-        for file, name in zip(self.files, relative_names(self.files), strict=True):
-            digest.update(stamp(name, file.size, file.mtime_ns))
-        return digest.hexdigest()
+        return digest_files(self.kind, self.files)
 
     def encoded_bytes(self) -> int | None:
         """The sizes of all archives together; None where a server does not say."""
-        return sum_sizes(self.files)
+        return sum_sizes([file.size for file in self.files])
 
     def chunks(self, rows_per_chunk: int) -> list[Chunk]:
         """One chunk for each archive, whatever ``rows_per_chunk``: an archive is read from its beginning."""

@@ -7,8 +7,8 @@ integers or strings, names the row; ``label`` and ``split`` are those of images.
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,8 @@ from spice_ray.readers.columns import (
     text_or_number,
     value_type,
 )
-from spice_ray.readers.local import row_prefix
+from spice_ray.readers.files import open_input
+from spice_ray.readers.parquet import read_metadata, why_unread
 from spice_ray.readers.places import Place
 from spice_ray.readers.records import Chunk, Record, Unreadable, split_of_container
 from spice_ray.readers.vectors import checked_vector
@@ -35,13 +36,17 @@ VECTOR_COLUMNS = ("embedding", "embeddings", "feature", "features")
 _NAME_COLUMNS = ("source", "path", "id")
 _ROWS_PER_READ = 256
 _READ_BUFFER_BYTES = 1 << 20
+# A request to a server costs as much time as some megabytes.
+_REMOTE_BUFFER_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
 class VectorTable:
     """One Parquet file whose footer was read."""
 
-    file: Path
+    place: Place
+    name: str
+    """Rows without a name of their own are called by it and their number."""
     dim: int
     columns: tuple[str, ...]
     """The column of embeddings, then ``label`` and ``split`` where there are such."""
@@ -84,49 +89,43 @@ class VectorChunk:
             try:
                 name, data, beside = next(cells)
             except Exception as error:
-                # The file is gone, shorter than it was or damaged in whatever way: its other chunks may still be read,
-                # these rows are listed with the reason.
-                reason = Unreadable(f"the Parquet file cannot be read: {type(error).__name__}")
+                # The file is gone, shorter than it was or damaged, or its server fails in whatever way: its other
+                # chunks may still be read, these rows are listed with the reason.
+                reason = Unreadable(f"the Parquet file cannot be read: {why_unread(error)}")
                 yield from (self._record(lost, None, reason, Beside(None, None)) for lost in range(row, self.num_rows))
                 return
             yield self._record(row, name, data, beside)
 
     def _record(self, row: int, name: str | None, data: NDArray[np.float32] | Unreadable, beside: Beside) -> Record:
-        file = self.table.file
-        source = f"{row_prefix(file)}{self.first_row + row}" if name is None else name
+        file = self.table.name
+        source = f"{file}#{self.first_row + row}" if name is None else name
         if isinstance(beside.split, Unreadable):
-            return Record(source, split_of_container(file.name), beside.label, beside.split)
-        return Record(source, beside.split or split_of_container(file.name), beside.label, data)
+            return Record(source, split_of_container(file), beside.label, beside.split)
+        return Record(source, beside.split or split_of_container(file), beside.label, data)
 
     def _cells(self) -> Iterator[tuple[str | None, NDArray[np.float32] | Unreadable, Beside]]:
         table = self.table
         columns = [*table.columns, *([table.name_column] if table.name_column else [])]
-        with _opened(table.file) as file:
+        with _opened(table.place) as file:
             for rows in file.iter_batches(_ROWS_PER_READ, row_groups=[self.row_group], columns=columns):
                 yield from zip(_names(rows, table.name_column), _vectors(rows, table), rows_beside(rows), strict=True)
         raise pa.ArrowInvalid("the row group has become shorter")
 
 
-def open_vector_table(file: Path) -> VectorTable:
+def open_vector_table(place: Place, name: str) -> VectorTable:
     """Read the footer of a Parquet file of embeddings, and one row where its type does not tell the width.
 
     Raises:
         DataError: It is not Parquet, has no such column or several, or a column beside it has a wrong type.
     """
-    try:
-        metadata = pq.read_metadata(file)
-        schema = metadata.schema.to_arrow_schema()
-        vectors = _vector_column(file, schema)
-        dim = _width(file, schema, vectors)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"{file} is not a readable Parquet file ({type(error).__name__}); give a Parquet or .npy file of embeddings"
-        ) from None
-    names = [name for name in _NAME_COLUMNS if _is_name(value_type(schema, name))]
+    metadata, schema = read_metadata(place)
+    vectors = _vector_column(place, schema)
+    names = [column for column in _NAME_COLUMNS if _is_name(value_type(schema, column))]
     return VectorTable(
-        file,
-        dim,
-        (vectors, *columns_beside(schema, Place(str(file)))),
+        place,
+        name,
+        _width(place, schema, vectors),
+        (vectors, *columns_beside(schema, place)),
         names[0] if names else None,
         tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)),
     )
@@ -139,12 +138,12 @@ def vector_columns(schema: pa.Schema) -> list[str]:
     return named[:1] or columns
 
 
-def _vector_column(file: Path, schema: pa.Schema) -> str:
+def _vector_column(place: Place, schema: pa.Schema) -> str:
     columns = vector_columns(schema)
     if len(columns) == 1:
         return columns[0]
     found = f"{len(columns)} columns of float lists ({', '.join(columns)})" if columns else "no column of float lists"
-    raise DataError(f"{file} has {found}; name the one of the embeddings {' or '.join(VECTOR_COLUMNS)}")
+    raise DataError(f"{place} has {found}; name the one of the embeddings {' or '.join(VECTOR_COLUMNS)}")
 
 
 def _holds_vectors(type_: pa.DataType) -> bool:
@@ -156,27 +155,36 @@ def _is_name(type_: pa.DataType | None) -> bool:
     return is_text(type_) or (type_ is not None and pa.types.is_integer(type_))
 
 
-def _width(file: Path, schema: pa.Schema, vectors: str) -> int:
+def _width(place: Place, schema: pa.Schema, vectors: str) -> int:
     type_ = schema.field(vectors).type
-    width = type_.list_size if pa.types.is_fixed_size_list(type_) else _first_length(file, vectors)
+    width = type_.list_size if pa.types.is_fixed_size_list(type_) else _first_length(place, vectors)
     if not width:
-        raise DataError(f"{file} has no embedding in its column {vectors}; give a file with at least one")
+        raise DataError(f"{place} has no embedding in its column {vectors}; give a file with at least one")
     return int(width)
 
 
-def _first_length(file: Path, vectors: str) -> int | None:
+def _first_length(place: Place, vectors: str) -> int | None:
     """The length of the first list of a column; None where all cells are empty."""
-    with _opened(file) as opened:
-        for batch in opened.iter_batches(_ROWS_PER_READ, columns=[vectors]):
-            lengths = [len(cell) for cell in batch.column(0) if cell.is_valid]
-            if lengths:
-                return lengths[0]
+    try:
+        with _opened(place) as file:
+            for batch in file.iter_batches(_ROWS_PER_READ, columns=[vectors]):
+                lengths = [len(cell) for cell in batch.column(0) if cell.is_valid]
+                if lengths:
+                    return lengths[0]
+    except Exception as error:
+        # Storage libraries have errors of their own; all of them end here, with the reason.
+        raise DataError(
+            f"{place} is not a readable Parquet file ({why_unread(error)}); give a Parquet or .npy file of embeddings"
+        ) from None
     return None
 
 
-def _opened(file: Path) -> pq.ParquetFile:
+@contextmanager
+def _opened(place: Place) -> Iterator[pq.ParquetFile]:
+    buffer = _REMOTE_BUFFER_BYTES if place.server else _READ_BUFFER_BYTES
     # Without pre_buffer=False all columns of a row group are read before its first row comes.
-    return pq.ParquetFile(file, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False)
+    with open_input(place) as input_, pq.ParquetFile(input_, buffer_size=buffer, pre_buffer=False) as file:
+        yield file
 
 
 def _vectors(batch: pa.RecordBatch, table: VectorTable) -> Iterator[NDArray[np.float32] | Unreadable]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import pyarrow.fs
 import pytest
@@ -23,8 +24,21 @@ class S3:
 
     def put(self, key: str, content: bytes) -> str:
         """Upload a file; gives its URL."""
-        with self.system.open_output_stream(f"{self.bucket}/{key}", compression=None) as file:
-            file.write(content)
+        # One request, where pyarrow makes several; nobody checks who signs it, and everyone may read what it brings.
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Authorization": "AWS key:signature",
+            "x-amz-acl": "public-read",
+        }
+        url = f"http://{self.address}/{self.bucket}/{quote(key)}"
+        urlopen(Request(url, content, headers, method="PUT")).close()
+        return f"s3://{self.bucket}/{key}"
+
+    def put_folder(self, folder: Path, key: str) -> str:
+        """Upload all files of a folder; gives its URL."""
+        for file in folder.rglob("*"):
+            if file.is_file():
+                self.put(f"{key}/{file.relative_to(folder)}", file.read_bytes())
         return f"s3://{self.bucket}/{key}"
 
 

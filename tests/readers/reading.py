@@ -4,14 +4,20 @@ from typing import Any
 
 import numpy as np
 
-from spice_ray.readers.benchmarks import open_benchmark
+from spice_ray.readers.files import Found, find
+from spice_ray.readers.places import place_of
 from spice_ray.readers.records import Record, Source, Unreadable, read_chunk
+from spice_ray.readers.source import open_source
 
 
 def opened(path: Path | str) -> Source:
-    source = open_benchmark(str(path))
-    assert source is not None
-    return source
+    return open_source(str(path))
+
+
+def listed(path: Path | str) -> Found:
+    """The file as a listing shows it; one that is not there as if it had been."""
+    place = place_of(str(path))
+    return find(place) or Found(place, False, None, None)
 
 
 def records(source: Source, rows_per_chunk: int = 3) -> list[Record]:
@@ -39,3 +45,21 @@ def numbers(record: Record) -> np.ndarray[Any, np.dtype[Any]]:
 
 def reasons(source: Source) -> list[str]:
     return [record.data.reason for record in records(source) if isinstance(record.data, Unreadable)]
+
+
+def same_source(one: Path | str, other: Path | str) -> int:
+    """Compares two copies of a source in all that a run takes from them; gives the number of records."""
+    source, twin = open_source(str(one)), open_source(str(other))
+    assert (source.kind, source.labels_known) == (twin.kind, twin.labels_known)
+    assert source.encoded_bytes() == twin.encoded_bytes()
+    assert source.listing_digest() == open_source(str(one)).listing_digest()
+    found, expected = records(source), records(twin)
+    assert summary(source) == summary(twin)
+    assert [_content(record) for record in found] == [_content(record) for record in expected]
+    return len(found)
+
+
+def _content(record: Record) -> object:
+    if isinstance(record.data, np.ndarray):
+        return record.data.dtype, record.data.shape, numbers(record).tobytes()
+    return record.data

@@ -9,7 +9,7 @@ import pytest
 from spice_ray.errors import DataError
 from spice_ray.readers.arrays import open_array
 from spice_ray.readers.records import Unreadable, read_chunk
-from tests.readers.reading import numbers, records, summary
+from tests.readers.reading import listed, numbers, records, summary
 
 
 def saved(file: Path, array: Any) -> Path:
@@ -24,7 +24,7 @@ def counted(*shape: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
 @pytest.mark.parametrize("shape", [(7, 5, 6), (7, 5, 6, 1), (7, 5, 6, 3), (7, 5, 6, 4), (7, 4, 4, 3), (7, 1, 6)])
 @pytest.mark.parametrize("rows_per_chunk", [1, 3, 7, 8])
 def test_rows_come_as_they_were_saved(tmp_path: Path, shape: tuple[int, ...], rows_per_chunk: int) -> None:
-    source = open_array(saved(tmp_path / "x.npy", counted(*shape)))
+    source = open_array(listed(saved(tmp_path / "x.npy", counted(*shape))))
     found = records(source, rows_per_chunk)
     assert [record.source for record in found] == [f"x.npy#{row}" for row in range(7)]
     assert {(record.split, record.label) for record in found} == {("train", None)}
@@ -34,7 +34,7 @@ def test_rows_come_as_they_were_saved(tmp_path: Path, shape: tuple[int, ...], ro
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_channels_that_can_only_be_second_are_moved_last(tmp_path: Path, channels: int) -> None:
-    found = records(open_array(saved(tmp_path / "x.npy", counted(2, channels, 5, 6))))
+    found = records(open_array(listed(saved(tmp_path / "x.npy", counted(2, channels, 5, 6)))))
     image = numbers(found[1])
     assert image.shape == (5, 6, channels)
     # Row 2, column 4 of the last channel of the second image.
@@ -45,7 +45,7 @@ def test_channels_that_can_only_be_second_are_moved_last(tmp_path: Path, channel
 def test_channels_that_could_be_at_both_ends_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     file = saved(tmp_path / "x.npy", counted(*shape))
     with pytest.raises(DataError, match=r"uint8 of shape \(2, .* both the second and the last axis .* transpose\(0, 2"):
-        open_array(file)
+        open_array(listed(file))
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 9, 9), (2, 4, 9, 9), (2, 9, 9, 2), (2, 9, 9, 5)])
@@ -54,7 +54,7 @@ def test_a_shape_without_channels_is_refused_with_the_advice_to_transpose(
 ) -> None:
     file = saved(tmp_path / "x.npy", counted(*shape))
     with pytest.raises(DataError, match=r"no axis can be the channels: needed are .*transpose\(0, 2, 3, 1\)"):
-        open_array(file)
+        open_array(listed(file))
 
 
 @pytest.mark.parametrize(
@@ -73,20 +73,20 @@ def test_a_shape_without_channels_is_refused_with_the_advice_to_transpose(
 def test_another_type_or_shape_is_named_with_what_is_needed(tmp_path: Path, array: Any, found: str) -> None:
     file = saved(tmp_path / "x.npy", array)
     with pytest.raises(DataError, match=rf"x\.npy holds {found}, needed are uint8 images of shape \(N, H, W\)"):
-        open_array(file)
+        open_array(listed(file))
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 4), (2, 4, 0, 3)])
 def test_images_without_pixels_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     file = saved(tmp_path / "x.npy", counted(*shape))
     with pytest.raises(DataError, match="whose images have no pixels"):
-        open_array(file)
+        open_array(listed(file))
 
 
 def test_an_array_without_images_is_refused(tmp_path: Path) -> None:
     file = saved(tmp_path / "x.npy", counted(0, 4, 4))
     with pytest.raises(DataError, match=r"x\.npy holds no rows; give a file with at least one"):
-        open_array(file)
+        open_array(listed(file))
 
 
 def header(text: str) -> bytes:
@@ -114,26 +114,26 @@ def header(text: str) -> bytes:
 def test_a_damaged_or_hostile_file_is_refused_in_one_sentence(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.npy").write_bytes(content)
     with pytest.raises(DataError, match=r"x\.npy (is not a whole \.npy file|holds) .*; .*save"):
-        open_array(tmp_path / "x.npy")
+        open_array(listed(tmp_path / "x.npy"))
 
 
 def test_pickled_objects_are_never_loaded(tmp_path: Path) -> None:
     file = saved(tmp_path / "x.npy", np.array([{"a": 1}, None], dtype=object))
     assert np.load(file, allow_pickle=True)[0] == {"a": 1}
     with pytest.raises(DataError, match=r"not a whole .* file of plain numbers"):
-        open_array(file)
+        open_array(listed(file))
 
 
 def test_a_missing_file_is_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x\.npy cannot be read \(No such file or directory\)"):
-        open_array(tmp_path / "x.npy")
+        open_array(listed(tmp_path / "x.npy"))
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, ">i4"])
 def test_integers_beside_the_array_are_its_labels(tmp_path: Path, dtype: Any) -> None:
     file = saved(tmp_path / "x.v2.npy", counted(3, 4, 4))
     saved(tmp_path / "x.v2.labels.npy", np.array([2, 0, 101]).astype(dtype))
-    source = open_array(file)
+    source = open_array(listed(file))
     assert source.labels_known
     assert summary(source) == [("x.v2.npy#0", "train", 2), ("x.v2.npy#1", "train", 0), ("x.v2.npy#2", "train", 101)]
 
@@ -141,7 +141,7 @@ def test_integers_beside_the_array_are_its_labels(tmp_path: Path, dtype: Any) ->
 def test_a_negative_label_is_withheld(tmp_path: Path) -> None:
     file = saved(tmp_path / "x.npy", counted(2, 4, 4))
     saved(tmp_path / "x.labels.npy", np.array([-1, 3]))
-    assert [label for _, _, label in summary(open_array(file))] == [None, 3]
+    assert [label for _, _, label in summary(open_array(listed(file)))] == [None, 3]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_labels_that_do_not_fit_are_refused(tmp_path: Path, labels: Any, found: 
     file = saved(tmp_path / "x.npy", counted(3, 4, 4))
     saved(tmp_path / "x.labels.npy", labels)
     with pytest.raises(DataError, match=rf"x\.labels\.npy holds {found}, needed are integers of shape \(3,\)"):
-        open_array(file)
+        open_array(listed(file))
 
 
 class Payload:
@@ -174,31 +174,31 @@ def test_labels_are_never_unpickled(tmp_path: Path) -> None:
     file = saved(tmp_path / "x.npy", counted(1, 4, 4))
     saved(tmp_path / "x.labels.npy", np.array([Payload(tmp_path / "trap")], dtype=object))
     with pytest.raises(DataError, match=r"x\.labels\.npy is not a whole .* file of plain numbers"):
-        open_array(file)
+        open_array(listed(file))
     assert not (tmp_path / "trap").exists()
 
 
 def test_labels_have_no_part_in_the_digest_and_images_have(tmp_path: Path) -> None:
     file = saved(tmp_path / "x.npy", counted(3, 4, 4))
-    before = open_array(file).listing_digest()
+    before = open_array(listed(file)).listing_digest()
     saved(tmp_path / "x.labels.npy", np.array([1, 2, 3]))
-    assert open_array(file).listing_digest() == before
+    assert open_array(listed(file)).listing_digest() == before
     saved(file, counted(3, 4, 5))
-    assert open_array(file).listing_digest() != before
+    assert open_array(listed(file)).listing_digest() != before
     # Pixels: no shard can hold them as encoded files.
-    assert open_array(file).encoded_bytes() is None
+    assert open_array(listed(file)).encoded_bytes() is None
 
 
 def test_an_array_in_fortran_order_gives_the_same_rows(tmp_path: Path) -> None:
     file = saved(tmp_path / "x.npy", np.asfortranarray(counted(5, 4, 6, 3)))
-    found = records(open_array(file), 2)
+    found = records(open_array(listed(file)), 2)
     assert np.array_equal(np.stack([numbers(record) for record in found]), counted(5, 4, 6, 3))
 
 
 @pytest.mark.parametrize("lost", [None, (1, 4, 4)])
 def test_rows_lost_after_listing_are_rejects(tmp_path: Path, lost: tuple[int, ...] | None) -> None:
     file = saved(tmp_path / "x.npy", counted(3, 4, 4))
-    chunks = open_array(file).chunks(2)
+    chunks = open_array(listed(file)).chunks(2)
     file.unlink()
     if lost is not None:
         saved(file, counted(*lost))
@@ -214,7 +214,7 @@ def test_a_range_of_a_large_file_is_read_without_the_rest(tmp_path: Path) -> Non
         file.write(header(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({rows}, {side}, {side})}}"))
         file.seek((rows - 1) * side * side, os.SEEK_CUR)
         file.write(bytes([7]) * side * side)
-    chunks = open_array(tmp_path / "x.npy").chunks(1 << 15)
+    chunks = open_array(listed(tmp_path / "x.npy")).chunks(1 << 15)
     assert [chunk.num_rows for chunk in chunks] == [1 << 15, 1 << 15, 1]
     assert numbers(next(iter(read_chunk(chunks[0])))).tolist()[0][0] == 0
     assert numbers(next(iter(read_chunk(chunks[2])))).tolist()[0][0] == 7

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from spice_ray.errors import DataError
-from spice_ray.readers.benchmarks import open_benchmark
 from spice_ray.readers.records import Unreadable, read_chunk
 from tests.readers.cifar_files import cifar_rows, put_binary_cifar10, put_cifar100, put_python_cifar10, python2_pickle
 from tests.readers.reading import numbers, opened, records, summary
@@ -100,7 +99,7 @@ def test_a_number_of_images_that_was_not_published_is_warned_of(
 def test_a_missing_file_of_cifar_is_named(tmp_path: Path, put: Callable[[Path], Path], name: str) -> None:
     (put(tmp_path) / name).unlink()
     with pytest.raises(DataError, match=f"looks like CIFAR.* but lacks {name}; unpack"):
-        open_benchmark(str(tmp_path))
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("change", [-1, 1])

@@ -1,33 +1,11 @@
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from spice_ray.errors import DataError
-from spice_ray.readers.benchmarks import open_benchmark
 from spice_ray.readers.records import Unreadable, read_chunk
 from tests.readers.reading import numbers, opened, records
-
-
-def stl10_rows(first: int, num_rows: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Row i is i everywhere; in the file, red's 201 is the sixth pixel of the third column, blue's 53 the very last."""
-    rows = np.repeat(np.arange(first, first + num_rows, dtype=np.uint8)[:, None], 96 * 96 * 3, axis=1)
-    rows[:, 2 * 96 + 5] = 201
-    rows[:, 96 * 96 + 95] = 102
-    rows[:, -1] = 53
-    return rows
-
-
-def put_stl10(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    for name, first, num_rows in [("train", 0, 3), ("test", 3, 4), ("unlabeled", 7, 5)]:
-        (folder / f"{name}_X.bin").write_bytes(stl10_rows(first, num_rows).tobytes())
-    (folder / "train_y.bin").write_bytes(bytes([1, 10, 5]))
-    (folder / "test_y.bin").write_bytes(bytes([7, 7, 2, 9]))
-    (folder / "class_names.txt").write_text("airplane\nbird\n")
-    (folder / "fold_indices.txt").write_text("0 1 2\n")
-    return folder
+from tests.readers.stl10_files import put_stl10
 
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 2, 4, 100])
@@ -63,7 +41,7 @@ def test_a_missing_file_of_stl10_is_named(tmp_path: Path) -> None:
     (put_stl10(tmp_path) / "unlabeled_X.bin").unlink()
     (tmp_path / "test_y.bin").unlink()
     with pytest.raises(DataError, match=r"looks like STL-10 but lacks unlabeled_X\.bin, test_y\.bin; unpack"):
-        open_benchmark(str(tmp_path))
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize(

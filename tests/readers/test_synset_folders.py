@@ -1,77 +1,13 @@
-import io
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from spice_ray.errors import DataError
-from spice_ray.readers.benchmarks import open_benchmark
 from spice_ray.readers.records import Unreadable
 from tests.readers.reading import opened, reasons, records, summary
-
-IMAGENET10 = [
-    "n02056570",
-    "n02085936",
-    "n02128757",
-    "n02690373",
-    "n02692877",
-    "n03095699",
-    "n04254680",
-    "n04285008",
-    "n04467665",
-    "n07747607",
-]
-DOGS = [
-    "n02085936",
-    "n02086646",
-    "n02088238",
-    "n02091467",
-    "n02097130",
-    "n02099601",
-    "n02101388",
-    "n02101556",
-    "n02102177",
-    "n02105056",
-    "n02105412",
-    "n02105855",
-    "n02107142",
-    "n02110958",
-    "n02112137",
-]
-
-
-def jpeg(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", (64, 64), value).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def put(root: Path, *names: str) -> Path:
-    for value, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(jpeg(value))
-    return root
-
-
-def put_tiny_imagenet(root: Path) -> Path:
-    put(
-        root,
-        "train/n02124075/images/n02124075_0.JPEG",
-        "train/n02124075/images/n02124075_1.JPEG",
-        "train/n01443537/images/n01443537_0.JPEG",
-        "val/images/val_0.JPEG",
-        "val/images/val_1.JPEG",
-        "test/images/test_0.JPEG",
-    )
-    (root / "wnids.txt").write_text("n02124075\nn01443537\n")
-    (root / "words.txt").write_text("n01443537\tgoldfish, Carassius auratus\nn02124075\tEgyptian cat\n")
-    (root / "train/n02124075/n02124075_boxes.txt").write_text("n02124075_0.JPEG\t0\t10\t63\t58\n")
-    (root / "val/val_annotations.txt").write_text(
-        "val_0.JPEG\tn01443537\t0\t32\t44\t62\nval_1.JPEG\tn02124075\t52\t55\t57\t59\n"
-    )
-    return root
+from tests.readers.synset_files import DOGS, IMAGENET10, jpeg, put, put_imagenet, put_tiny_imagenet
 
 
 def test_tiny_imagenet_takes_val_for_test_and_leaves_the_unlabelled_test_out(tmp_path: Path) -> None:
@@ -129,7 +65,7 @@ def remove_val_images(root: Path) -> None:
 def test_an_incomplete_tiny_imagenet_is_refused(tmp_path: Path, spoil: Callable[[Path], object], message: str) -> None:
     spoil(put_tiny_imagenet(tmp_path))
     with pytest.raises(DataError, match=message):
-        open_benchmark(str(tmp_path))
+        opened(tmp_path)
 
 
 def test_a_lost_image_is_a_reject_and_a_pipe_is_not_opened(tmp_path: Path) -> None:
@@ -148,11 +84,6 @@ def test_a_lost_image_is_a_reject_and_a_pipe_is_not_opened(tmp_path: Path) -> No
 
 
 # --- subsets of ImageNet
-
-
-def put_imagenet(root: Path, synsets: list[str], splits: tuple[str, ...] = ("train", "val")) -> Path:
-    put(root, *[f"{split}/{synset}/{synset}_{row}.JPEG" for split in splits for synset in synsets for row in (7, 10)])
-    return root
 
 
 def test_imagenet10_takes_its_ten_classes_alone(tmp_path: Path) -> None:
@@ -182,7 +113,7 @@ def test_imagenet_dog_has_fifteen_breeds_and_needs_no_validation_images(tmp_path
 def test_imagenet_without_a_class_of_the_subset_is_refused(tmp_path: Path) -> None:
     put_imagenet(tmp_path, IMAGENET10[:6])
     with pytest.raises(DataError, match=r"lacks 4 of 10 folders of images \(n04254680, n04285008, n04467665, \.\.\.\)"):
-        open_benchmark(f"imagenet10:{tmp_path}")
+        opened(f"imagenet10:{tmp_path}")
 
 
 @pytest.mark.parametrize(
@@ -190,14 +121,14 @@ def test_imagenet_without_a_class_of_the_subset_is_refused(tmp_path: Path) -> No
     [
         ("imagenet10:", "an empty path is none; give imagenet10:FOLDER"),
         ("imagenet10:/no/such/folder", "/no/such/folder is none; give imagenet10:FOLDER"),
-        ("imagenet_dog:s3://bucket/imagenet", "needs a local folder, not the URL s3://bucket/imagenet"),
+        ("imagenet_dog:https://host/imagenet", "https://host/imagenet is on a web server, which lists none; make a"),
     ],
 )
-def test_a_subset_of_no_local_folder_is_refused(path: str, message: str) -> None:
+def test_a_subset_of_no_folder_is_refused(path: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        open_benchmark(path)
+        opened(path)
 
 
 def test_a_subset_of_a_folder_without_training_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no folder train; imagenet10: needs"):
-        open_benchmark(f"imagenet10:{tmp_path}")
+        opened(f"imagenet10:{tmp_path}")

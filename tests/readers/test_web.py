@@ -90,7 +90,7 @@ def test_an_answer_that_is_no_file_becomes_a_reason(tmp_path: Path, monkeypatch:
     assert reason(answering(410)) == "No such file or directory"
     assert reason(answering(200, b"x" * 10, announced=100)) == "the connection ended after 10 of 100 bytes"
     monkeypatch.setattr(files, "MAX_FILE_BYTES", 1000)
-    assert reason(answering(200, b"x" * 1001)) == "the file has more than the 1000 bytes that are read"
+    assert reason(answering(200, b"x" * 1001)) == "it has more than the 1000 bytes that are read"
 
 
 def test_a_web_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
