@@ -50,7 +50,9 @@ Data = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option(help="Run folder; the same command again goes on where it stopped.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as num_clusters=20 or heads.count=5.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings such as num_clusters=20, num_clusters=auto or heads.count=5.")
+]
 FolderLabels = Annotated[
     bool, typer.Option("--labels-from-folders", help="Score against the names of the images' folders.")
 ]

@@ -259,21 +259,51 @@ class Scale(Settings):
     max_failures: Annotated[int, Field(ge=0)] = 3
 
 
+MOST_CLUSTERS = 50
+"""What ``num_clusters: auto`` tries at most."""
+_RANGE = re.compile(r"(\d{1,9})-(\d{1,9})")
+
+
 class Recipe(Settings):
     """Everything that a run on finished embeddings is made of: stage 2 and reliable pseudo-labels, for any run."""
 
     num_clusters: Annotated[int, Field(ge=2)]
+    """K; or a range such as 8-12 or the word auto, for one that is chosen by the embedding: then the most it may be."""
+    min_clusters: Annotated[int, Field(ge=2)] | None = None
+    """The least that K may be; none: K is ``num_clusters``. A range sets both."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     protocol: Literal["whole", "split"] = "whole"
     heads: Heads
     reliable: Reliable
     scale: Scale = Scale()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_range(cls, values: Any) -> Any:
+        """A range or the word auto, as the least and the most that K may be."""
+        asked = values.get("num_clusters") if isinstance(values, dict) else None
+        if asked is None or isinstance(asked, int | float) or str(asked).isdecimal():
+            return values
+        least, most = 2, MOST_CLUSTERS
+        if asked != "auto":
+            found = _RANGE.fullmatch(str(asked))
+            least, most = (int(number) for number in found.groups()) if found else (0, 0)
+        if not 2 <= least < most:
+            raise ValueError(
+                f"num_clusters={asked} cannot be used; give a whole number of at least 2, a range such as 8-12, or auto"
+            )
+        return {**values, "num_clusters": most, "min_clusters": least}
+
     @model_validator(mode="after")
-    def _check_round(self) -> Self:
+    def _check_clusters(self) -> Self:
+        if self.min_clusters is not None and self.min_clusters >= self.num_clusters:
+            raise ValueError(
+                f"min_clusters={self.min_clusters} is not below num_clusters={self.num_clusters}; write both as one "
+                "range, such as num_clusters=8-12"
+            )
         if self.heads.round_size < self.num_clusters:
             raise ValueError(
-                f"heads.round_size={self.heads.round_size} is smaller than num_clusters={self.num_clusters}; "
+                f"heads.round_size={self.heads.round_size} is smaller than num_clusters={self.asked_clusters}; "
                 "a labelling round needs at least one image per cluster"
             )
         return self
@@ -281,12 +311,22 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _check_prior(self) -> Self:
         prior = self.heads.prior
+        if prior is not None and self.min_clusters is not None:
+            raise ValueError(
+                f"heads.prior has a share for each cluster and num_clusters={self.asked_clusters} leaves their number "
+                "open; give one number"
+            )
         if prior is not None and len(prior) != self.num_clusters:
             raise ValueError(
                 f"heads.prior holds {len(prior)} shares and num_clusters={self.num_clusters}; give one share per "
                 "cluster"
             )
         return self
+
+    @property
+    def asked_clusters(self) -> str:
+        """K, or the range that it is chosen from, as one writes it."""
+        return str(self.num_clusters) if self.min_clusters is None else f"{self.min_clusters}-{self.num_clusters}"
 
 
 class ImageRecipe(Recipe):

@@ -33,9 +33,9 @@ def _check_num_clusters(recipe: Recipe, num_train: int) -> None:
             f"protocol={recipe.protocol} needs images of a train split and there are none, only of test or unlabeled; "
             f"{advice}"
         )
-    if recipe.num_clusters > num_train:
+    if (recipe.min_clusters or recipe.num_clusters) > num_train:
         raise ConfigError(
-            f"num_clusters={recipe.num_clusters} is more than the {num_train} images there are to cluster; "
+            f"num_clusters={recipe.asked_clusters} is more than the {num_train} images there are to cluster; "
             "lower num_clusters or add images"
         )
 

@@ -1,10 +1,12 @@
 """The folder of a run: whose settings it holds, where its artifacts are, and what it gives to its user.
 
-run.json               the recipe without scale, where the images came from, the artifacts of the result and where they
-                       are: artifacts_root where a sweep's winner shares those of its run
+run.json               the recipe without scale, and what was asked for where K was chosen; where the images came from;
+                       the artifacts of the result and where they are: artifacts_root where a sweep's winner shares
+                       those of its run
 artifacts/             what each stage left behind
 assignments.parquet    the product: one row per image that was read
 rejects.parquet        one row per image that was not
+cluster_count.json     where K was chosen, the scores of all candidates
 timing.json            seconds per stage
 checkpoints/, progress/   of stages under way; may be deleted
 """
@@ -60,6 +62,15 @@ class RunFolder:
             StorageError: It cannot be read, or the disk refused.
         """
         write_json(self.path / _RECORD, {**read_record(self.path), **values})
+
+    def record_settled(self, asked: Recipe, settled: Recipe) -> None:
+        """Put the recipe with the chosen K into run.json, and what was asked for beside it.
+
+        Raises:
+            StorageError: As :meth:`record`.
+        """
+        wanted, held = science(asked), science(settled)
+        self.record(recipe=held, asked={key: value for key, value in wanted.items() if value != held[key]})
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Note that ``stage`` took so long; what an interrupted attempt took is added to.
@@ -203,7 +214,7 @@ def _check_same(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> Non
             f"{path} holds a run of other images ({held['source'].get('path')}; here {wanted['source']['path']}), or "
             "they changed since; choose another --out"
         )
-    before, now = _flat(held["recipe"]), _flat(wanted["recipe"])
+    before, now = _flat({**held["recipe"], **held.get("asked", {})}), _flat(wanted["recipe"])
     if before.get(_WEIGHTS) is not None and now.get(_WEIGHTS) is not None:
         before, now = _without_idle(before), _without_idle(now)
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]

@@ -150,7 +150,7 @@ def ingest(
 def cluster(
     data: str,
     *,
-    num_clusters: int,
+    num_clusters: int | str,
     recipe: str = "images_small",
     out: str,
     reporter: Reporter | None = None,
@@ -160,7 +160,7 @@ def cluster(
 
     Args:
         data: What ``spice-ray run --data`` takes.
-        num_clusters: K.
+        num_clusters: K, or a range such as ``"8-12"`` or ``"auto"`` for one that is chosen by the embedding.
         recipe: A shipped recipe or a YAML file.
         out: The run folder; the same call goes on where an interrupted one stopped.
         reporter: Shows progress; the console's unless given.

@@ -132,6 +132,8 @@ REFUSED = {
     "K above the rows": (run_on("{here}/five.parquet"), "num_clusters=10 is more than the 5 images"),
     "K above the shards": (run_on("{here}/few"), "num_clusters=10 is more than the 9 images"),
     "K below 2": ([*RUN, "num_clusters=1"], "num_clusters=1 cannot be used: input should be greater"),
+    "K of no kind": ([*RUN, "num_clusters=[8, 12]"], "num_clusters=[8, 12] cannot be used; give a whole number of at"),
+    "range above the digits": ([*RUN, "num_clusters=1798-1800"], "num_clusters=1798-1800 is more than the 1797 images"),
     "batch above the images": (run_on("{here}/photos", "num_clusters=5"), "batch_size=128 is more than the 5"),
     "queue of no whole batches": ([*RUN, "pretrain.queue_size=400"], "use pretrain.queue_size=384 or 512"),
     "large queue": ([*RUN, "pretrain.queue_size=512"], "more than a quarter of the 1797 images, so keys would meet"),

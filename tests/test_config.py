@@ -90,6 +90,8 @@ def test_the_last_value_of_a_range_is_accepted(setting: str, value: Any) -> None
         ({"joint__lanes": 1, "scale__workers": 2}, "scale.workers=2 does not divide joint.lanes=1"),
         ({"pretrain__batch_size": 4, "pretrain__queue_size": 4}, "leaves fewer than 2 rows"),
         ({"heads__round_size": 2}, "heads.round_size=2 is smaller than num_clusters=3"),
+        ({"heads__round_size": 30, "num_clusters": "auto"}, "heads.round_size=30 is smaller than num_clusters=2-50; "),
+        ({"min_clusters": 3}, "min_clusters=3 is not below num_clusters=3; write both as one range, such as"),
         ({"joint__encoder": "wrn28_2"}, "joint.encoder=wrn28_2 needs joint.init=scratch"),
         ({"pretrain__encoder": "timm/vit_tiny"}, "pretrain.encoder=timm/vit_tiny needs pretrain.weights, a local file"),
         ({"pretrain__encoder": "timm/vit_tiny", "pretrain__weights": "a.pth", "joint__init": "scratch"},
@@ -107,6 +109,33 @@ def test_settings_that_do_not_fit_each_other_are_refused_with_both_numbers(
     values: dict[str, Any], expected: str
 ) -> None:
     assert expected in error_of(changed(**values))
+
+
+@pytest.mark.parametrize(
+    ("asked", "least", "most"), [("auto", 2, 50), ("8-12", 8, 12), ("2-3", 2, 3), ("7", None, 7), (7, None, 7)]
+)
+def test_the_number_of_clusters_is_given_or_a_range_or_left_open(asked: Any, least: int | None, most: int) -> None:
+    recipe = check_recipe(changed(num_clusters=asked))
+    assert (recipe.min_clusters, recipe.num_clusters) == (least, most)
+    assert recipe.asked_clusters == (f"{least}-{most}" if least else str(most))
+    assert check_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+_NO_NUMBERS = ["many", "1-5", "8-8", "12-8", "2-", "-5", "8-12-16", "1e1", [8, 12], "9" * 30 + "-5"]
+
+
+@pytest.mark.parametrize("asked", _NO_NUMBERS)
+def test_what_is_no_number_of_clusters_is_refused_with_what_is_one(asked: Any) -> None:
+    assert error_of(changed(num_clusters=asked)) == (
+        f"num_clusters={asked} cannot be used; give a whole number of at least 2, a range such as 8-12, or auto"
+    )
+
+
+def test_a_range_fits_data_of_at_least_as_many_images_as_its_least() -> None:
+    recipe = check_recipe(changed(num_clusters="60-99"))
+    check_count(recipe, num_images=256, num_train=60)
+    with pytest.raises(ConfigError, match="num_clusters=60-99 is more than the 59 images"):
+        check_count(recipe, num_images=256, num_train=59)
 
 
 def test_another_encoder_for_stage_3_is_accepted_from_scratch() -> None:
@@ -189,3 +218,9 @@ def test_workers_are_refused_before_the_parts_of_their_lanes() -> None:
     refused = error_of(changed(pretrain__lanes=8, scale__workers=8, scale__accumulate=2))
     assert refused.startswith("scale.workers=8 does not divide joint.lanes=4")
     assert refused.endswith("use scale.workers=4 or a divisor of it")
+
+
+def test_a_prior_needs_one_number_of_clusters() -> None:
+    assert error_of(changed(num_clusters="2-4", heads__prior=[0.5, 0.5])) == (
+        "heads.prior has a share for each cluster and num_clusters=2-4 leaves their number open; give one number"
+    )

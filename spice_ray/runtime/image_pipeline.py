@@ -1,9 +1,9 @@
 """The paper's three stages on images, as a straight line of artifacts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from spice_ray.config import ImageRecipe
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, ENCODER, JOINT
@@ -107,9 +107,12 @@ class ImagePipeline(Pipeline):
 
         return self._artifact(JOINT, "stage 3: joint training", "steps", self._joint_settings(), [reliable], make)
 
-    def make_shared(self) -> None:
-        """Stages 1 and 2, once, before the trials of a sweep would each make them."""
+    def make_shared(self) -> Self:
+        """Stages 1 and 2, once, before the trials of a sweep would each make them; gives the run with its K."""
         self.reporter.note(f"stages 1 and 2: {self.heads.path.name}")
+        settled = self.settled
+        assert isinstance(settled, ImageRecipe)
+        return replace(self, recipe=settled)
 
     def joint_job(self, print_: str) -> JointJob:
         """What a worker of stage 3 is given.
@@ -124,7 +127,7 @@ class ImagePipeline(Pipeline):
             recipe.image,
             self.train_shards,
             recipe.seed,
-            recipe.num_clusters,
+            self.settled.num_clusters,
             self.encoder,
             self.heads,
             self.reliable,
@@ -139,13 +142,14 @@ class ImagePipeline(Pipeline):
     def why_skip_joint(self) -> str | None:
         """Why stage 3 cannot be trained, or None."""
         rows = [file.rows for file in self.train_shards.files]
-        return why_skip(self.reliable, self.recipe, rows, self.recipe.joint.lanes)
+        return why_skip(self.reliable, self.settled, rows, self.recipe.joint.lanes)
 
     @cached_property
     def assignments(self) -> Artifact:
         """Every image's cluster."""
-        recipe, joint = self.recipe, self.joint
+        recipe, joint = self.settled, self.joint
         reliable = self.reliable
+        assert isinstance(recipe, ImageRecipe)
         settings = {"image": settings_of(recipe.image), "fraction": recipe.heads.confident_fraction}
 
         def make(print_: str, progress: Path, show: Show) -> None:

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from spice_ray.config import Recipe, Settings
-from spice_ray.contracts import HEADS, LABELS, RELIABLE
+from spice_ray.contracts import CLUSTER_COUNT, HEADS, LABELS, RELIABLE
 from spice_ray.core.unsupervised_loss import perfect_loss
 from spice_ray.errors import DamagedError, StorageError
 from spice_ray.image_counts import num_neighbors
 from spice_ray.run_folder import RunFolder
 from spice_ray.runtime.bank import open_bank
+from spice_ray.runtime.cluster_count import TABLE, describe, publish_cluster_count
 from spice_ray.runtime.data import Shards, open_shards
 from spice_ray.runtime.heads import HeadPool, publish_heads, train_ensemble
 from spice_ray.runtime.inference import training_ids
@@ -98,9 +99,34 @@ class Pipeline(ABC):
         return open_shards(self.shards_artifact, splits_of(self.recipe.protocol, first_stage=False), self.damaged)
 
     @cached_property
+    def cluster_count(self) -> Artifact | None:
+        """K where the recipe leaves it open."""
+        recipe = self.recipe
+        if recipe.min_clusters is None:
+            return None
+        embedding = self.embedding
+        settings = {"least": recipe.min_clusters, "most": recipe.num_clusters, **self._common()}
+
+        def make(print_: str, progress: Path, show: Show) -> None:
+            publish_cluster_count(self._root, print_, recipe, embedding, training_ids(self.train_shards))
+
+        found = self._artifact(CLUSTER_COUNT, "number of clusters", "candidates", settings, [embedding], make)
+        self.run.publish_table(found, TABLE)
+        self.reporter.note(describe(found, recipe.asked_clusters))
+        return found
+
+    @cached_property
+    def settled(self) -> Recipe:
+        """The recipe with the K that was given or chosen: what comes after the embedding goes by it."""
+        if self.cluster_count is None:
+            return self.recipe
+        chosen = self.cluster_count.manifest["num_clusters"]
+        return self.recipe.model_copy(update={"num_clusters": chosen, "min_clusters": None})
+
+    @cached_property
     def heads(self) -> Artifact:
         """Stage 2."""
-        recipe = self.recipe
+        recipe = self.settled
         embedding = self.embedding
         settings = {"heads": settings_of(recipe.heads), "num_clusters": recipe.num_clusters, **self._common()}
 
@@ -116,7 +142,7 @@ class Pipeline(ABC):
     @cached_property
     def reliable(self) -> Artifact:
         """Reliable pseudo-labels."""
-        recipe = self.recipe
+        recipe = self.settled
         heads = self.heads
         neighbors = num_neighbors(recipe.reliable, self.train_shards.num_counted, recipe.num_clusters)
         settings = {"reliable": {**settings_of(recipe.reliable), "neighbors": neighbors}, **self._common()}
@@ -142,6 +168,9 @@ class Pipeline(ABC):
         self.run.publish_table(result, "assignments.parquet")
         self.run.publish_table(self.shards_artifact, "rejects.parquet")
         prints = {artifact.kind: artifact.fingerprint for artifact in (*self.made, result)}
+        if self.cluster_count is not None:
+            prints[CLUSTER_COUNT] = self.cluster_count.fingerprint
+            self.run.record_settled(self.recipe, self.settled)
         root, own = self.shards_artifact.path.parent.resolve(), self.run.artifacts.resolve()
         self.run.record(
             artifacts={**prints, LABELS: self.labels.fingerprint if self.labels else None},
@@ -177,7 +206,7 @@ class Pipeline(ABC):
         return _opened(self._root, kind, print_)
 
     def _tell_loss(self) -> None:
-        told, best = self.heads.manifest, perfect_loss(self.recipe.num_clusters)
+        told, best = self.heads.manifest, perfect_loss(self.settled.num_clusters)
         losses, merged = told["losses"], told["num_merged"]
         self.reporter.note(
             f"least unsupervised loss of {len(losses)} heads: {min(losses):.4f} (the largest: {max(losses):.4f}, "
@@ -186,7 +215,7 @@ class Pipeline(ABC):
         if merged == len(losses):
             self.reporter.note(
                 f"every one of the {merged} heads has merged clusters or is unsure of as much: the images may have "
-                f"other clusters than num_clusters={self.recipe.num_clusters}, or need a better encoder"
+                f"other clusters than num_clusters={self.settled.num_clusters}, or need a better encoder"
             )
 
 

@@ -66,7 +66,7 @@ def run_sweep(pipeline: ImagePipeline, settings: Sweep, name: str) -> list[dict[
     Raises:
         TrainingError: No trial came to an end.
     """
-    pipeline.make_shared()
+    pipeline = pipeline.make_shared()
     folder = pipeline.run.path / "sweeps" / name
     folder.mkdir(parents=True, exist_ok=True)
     progress = pipeline.run.progress("sweep")
