@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from spice_ray.core.order import stream_key
 from spice_ray.errors import StorageError
 
 
@@ -45,7 +46,7 @@ class HeadProgress:
 
 def state_file(folder: Path, indices: Sequence[int]) -> Path:
     """Where the state of a group is kept; another grouping has other files."""
-    return folder / ("state-" + "-".join(f"{index:03d}" for index in indices) + ".pt")
+    return folder / f"state-{indices[0]:03d}-{stream_key(*indices):016x}.pt"
 
 
 def _write(state: dict[str, Any], file: Path) -> None:
