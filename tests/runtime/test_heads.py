@@ -134,8 +134,10 @@ def test_a_killed_actor_is_started_again_and_goes_on_from_its_checkpoint(store: 
     while not state_file(folder / "finished", [0]).exists():
         assert thread.is_alive()
         time.sleep(0.01)
-    (actor,) = [pid for pid in Path("/proc").glob("[0-9]*") if title_of(pid).startswith(b"ray::HeadActor")]
-    os.kill(int(actor.name), signal.SIGKILL)
+    # This test's own: other programs on the machine may train heads too.
+    mine = [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if os.getpid() in ancestors_of(pid)]
+    (actor,) = [pid for pid in mine if read_process(pid, "cmdline").startswith("ray::HeadActor")]
+    os.kill(actor, signal.SIGKILL)
     (progress,) = (folder / "progress").glob("*.json")
     progress.unlink()
     done = []
@@ -147,11 +149,19 @@ def test_a_killed_actor_is_started_again_and_goes_on_from_its_checkpoint(store: 
     assert 0 < done[0] < 400
 
 
-def title_of(process: Path) -> bytes:
+def ancestors_of(pid: int) -> list[int]:
+    found = []
+    while pid > 1:
+        pid = int(read_process(pid, "stat").rpartition(")")[2].split()[1] or 0)
+        found.append(pid)
+    return found
+
+
+def read_process(pid: int, name: str) -> str:
     try:
-        return (process / "cmdline").read_bytes()
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
     except OSError:
-        return b""  # it has ended
+        return ") gone 0"  # it has ended
 
 
 # Going on
