@@ -72,7 +72,7 @@ def read_ensemble(run: Path) -> Ensemble:
         head = ClusterHead(features.shape[1], num_clusters, 0)
         head.load_state_dict(load_weights(heads.file(f"head-{index:03d}.safetensors")))
         blocks = torch.from_numpy(features).split(_ROWS_AT_ONCE)
-        labels.append(torch.cat([head(block).argmax(dim=1) for block in blocks]).numpy())
+        labels.append(torch.cat([head(block.float()).argmax(dim=1) for block in blocks]).numpy())
     return Ensemble(
         record["recipe"]["seed"],
         num_clusters,
