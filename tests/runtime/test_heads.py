@@ -121,10 +121,13 @@ def test_more_heads_are_trained_only_while_every_head_has_merged_clusters(store:
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("bank_memory", [None, 0])
 @pytest.mark.usefixtures("local_ray")
-def test_a_killed_actor_is_started_again_and_goes_on_from_its_checkpoint(store: Artifact, tmp_path: Path) -> None:
+def test_a_killed_actor_is_started_again_and_goes_on_from_its_checkpoint(
+    store: Artifact, tmp_path: Path, bank_memory: float | None
+) -> None:
     settings = ("heads.epochs=400", "heads.count=1", "heads.more=0")
-    scale = Scale(head_actors=1, checkpoint_seconds=0.2)
+    scale = Scale(head_actors=1, checkpoint_seconds=0.2, bank_memory=bank_memory)
     (undisturbed,) = train(store, tmp_path / "undisturbed", scale, *settings)
 
     found: list[TrainedHead] = []
