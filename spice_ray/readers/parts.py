@@ -13,6 +13,8 @@ from spice_ray.contracts import ShardFile
 from spice_ray.errors import DamagedError
 from spice_ray.readers.decode import decode
 
+_PIECE_BYTES = 1 << 20
+
 
 class PartFormat(NamedTuple):
     """What the last column of a set of shards holds."""
@@ -48,7 +50,11 @@ def write_part(file: Path, table: pa.Table) -> int:
     """Write a part; gives the checksum of its bytes."""
     # Minimum and maximum of an image are two whole images in the footer, of use to nobody.
     pq.write_table(table, file, compression="none", use_dictionary=False, write_statistics=["sample_id"])
-    return zlib.crc32(file.read_bytes())
+    crc32 = 0
+    with file.open("rb") as written:
+        while piece := written.read(_PIECE_BYTES):
+            crc32 = zlib.crc32(piece, crc32)
+    return crc32
 
 
 def read_part(folder: Path, file: ShardFile, format_: PartFormat) -> pa.Table:

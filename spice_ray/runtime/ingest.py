@@ -131,6 +131,8 @@ def _on_the_cluster(items: list[Any], work: Callable[[Any], dict[str, Any]]) -> 
 
 def _work_on(batch: pa.Table, work: Callable[[Any], dict[str, Any]]) -> pa.Table:
     records = [pickle.dumps(work(pickle.loads(item))) for item in batch["item"].to_pylist()]
+    # Else each process would keep the most that it ever held.
+    pa.default_memory_pool().release_unused()
     return pa.table({"record": pa.array(records, pa.large_binary())})
 
 
