@@ -18,8 +18,8 @@ def build_optimizer(
     kept = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, eps=ADAM_EPS)
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=nesterov)
+        return torch.optim.AdamW(groups, lr=lr, eps=ADAM_EPS, fused=True)
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=nesterov, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
