@@ -215,7 +215,10 @@ def _rows_of(part: Part, runs: list[str], task: Task) -> pa.Table:
         )
     )
     chosen = [position for _, _, position in order[part.skip : part.skip + part.rows]]
-    return rows.take(pa.array(chosen, pa.int64())).combine_chunks()
+    taken = rows.take(pa.array(chosen, pa.int64())).combine_chunks()
+    # Arrow put all rows together for that, and writing the part needs room too.
+    pa.default_memory_pool().release_unused()
+    return taken
 
 
 def _slice_of(run: pa.Table, part: Part) -> pa.Table:

@@ -5,10 +5,13 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from spice_ray.config import Recipe, Scale
@@ -19,7 +22,7 @@ from spice_ray.errors import StorageError
 from spice_ray.recipe import load_recipe
 from spice_ray.runtime.bank import BankPlace, bank_bytes, open_bank
 from spice_ray.runtime.head_progress import HeadProgress, state_file
-from spice_ray.runtime.heads import HeadPool, assign_by_head, train_ensemble
+from spice_ray.runtime.heads import HeadPool, assign_by_head, num_actors, train_ensemble
 from spice_ray.stages.train_heads import TrainedHead
 from spice_ray.storage import Artifact, publish, read_json
 
@@ -79,6 +82,30 @@ def test_heads_depend_neither_on_actors_nor_on_the_banks_place_and_are_trained_o
     assert all(same(first, second) for first, second in zip(one, again, strict=True))
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
     assert not list(finished.glob("state-*"))
+
+
+@pytest.mark.faults
+def test_ten_heads_are_the_same_to_the_bit_from_1_2_5_and_10_actors(store: Artifact, tmp_path: Path) -> None:
+    counts = (1, 2, 5, 10)
+    # A Ray of its own: that of the other tests has room for two actors.
+    process = get_context("spawn").Process(target=train_by_each, args=(store, tmp_path, counts))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    first, *others = (sorted((tmp_path / str(count) / "finished").glob("*.safetensors")) for count in counts)
+    assert len(first) == 10
+    for files in others:
+        assert [file.read_bytes() for file in files] == [file.read_bytes() for file in first]
+
+
+def train_by_each(store: Artifact, folder: Path, counts: tuple[int, ...]) -> None:
+    with TemporaryDirectory(prefix="spice-", ignore_cleanup_errors=True) as sockets:
+        ray.init(address="local", num_cpus=max(counts) + 1, include_dashboard=False, _temp_dir=sockets)
+        for count in counts:
+            scale = Scale(head_actors=count)
+            assert num_actors(scale, 10) == count
+            train(store, folder / str(count), scale, "heads.count=10", "heads.more=0")
+        ray.shutdown()
 
 
 @pytest.mark.usefixtures("local_ray")
