@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from spice_ray.shares import check_shares
+from spice_ray.shares import ESTIMATE, check_shares
 
 Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["sgd", "adamw"]
@@ -174,14 +174,14 @@ class Heads(Settings):
     """Heads that may be trained beyond ``count`` where every one so far has merged clusters."""
     consensus: bool = False
     """Let the heads whose loss is near the least one vote on each cluster; else it is the chosen head's."""
-    prior: tuple[float, ...] | None = None
+    prior: tuple[float, ...] | Literal["estimate"] | None = None
     """How the images are shared among the clusters, the largest share first; none: equally. A recipe may name a text
-    file with one share per line."""
+    file with one share per line. The word estimate: as the embedding suggests."""
 
     @field_validator("prior", mode="before")
     @classmethod
     def _check_prior(cls, value: Any) -> Any:
-        return None if value is None else check_shares(value)
+        return value if value in (None, ESTIMATE) else check_shares(value)
 
 
 class ImageHeads(Heads):
@@ -311,12 +311,14 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _check_prior(self) -> Self:
         prior = self.heads.prior
-        if prior is not None and self.min_clusters is not None:
+        if not isinstance(prior, tuple):
+            return self
+        if self.min_clusters is not None:
             raise ValueError(
                 f"heads.prior has a share for each cluster and num_clusters={self.asked_clusters} leaves their number "
-                "open; give one number"
+                f"open; give one number, or heads.prior={ESTIMATE}"
             )
-        if prior is not None and len(prior) != self.num_clusters:
+        if len(prior) != self.num_clusters:
             raise ValueError(
                 f"heads.prior holds {len(prior)} shares and num_clusters={self.num_clusters}; give one share per "
                 "cluster"

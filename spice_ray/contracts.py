@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 SHARDS, LABELS, ENCODER, EMBEDDING = "shards", "labels", "encoder", "embedding"
 HEADS, RELIABLE, JOINT, ASSIGNMENTS = "heads", "reliable", "joint", "assignments"
-CLUSTER_COUNT = "cluster_count"
-"""K where the recipe leaves it open, between the embedding and the heads."""
+CLUSTER_COUNT, PRIOR = "cluster_count", "prior"
+"""K where the recipe leaves it open, and the clusters' shares where they are estimated: between embedding and heads."""
 
 # ImageShards: Parquet files part-00000.parquet ...; rows are contiguous and sample_id counts up through the files.
 #   sample_id  int64, 0..N-1

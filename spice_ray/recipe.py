@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from spice_ray.config import ImageRecipe, Recipe, Settings, Sweep
 from spice_ray.errors import ConfigError
-from spice_ray.shares import read_shares
+from spice_ray.shares import ESTIMATE, read_shares
 
 SWEPT_SECTIONS = ("reliable", "joint")
 _IMAGE_SECTIONS = ImageRecipe.model_fields.keys() - Recipe.model_fields.keys()
@@ -176,7 +176,7 @@ def setting_keys(type_: type[Recipe] = ImageRecipe) -> list[str]:
 def _with_shares(values: dict[str, Any]) -> dict[str, Any]:
     heads = values.get("heads")
     prior = heads.get("prior") if isinstance(heads, dict) else None
-    if not isinstance(prior, str):
+    if not isinstance(prior, str) or prior == ESTIMATE:
         return values
     try:
         return with_value(values, "heads.prior", read_shares(os.path.expanduser(prior)))

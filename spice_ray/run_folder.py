@@ -1,12 +1,13 @@
 """The folder of a run: whose settings it holds, where its artifacts are, and what it gives to its user.
 
-run.json               the recipe without scale, and what was asked for where K was chosen; where the images came from;
-                       the artifacts of the result and where they are: artifacts_root where a sweep's winner shares
-                       those of its run
+run.json               the recipe without scale, and what was asked for where K was chosen or the prior estimated;
+                       where the images came from; the artifacts of the result and where they are: artifacts_root
+                       where a sweep's winner shares those of its run
 artifacts/             what each stage left behind
 assignments.parquet    the product: one row per image that was read
 rejects.parquet        one row per image that was not
 cluster_count.json     where K was chosen, the scores of all candidates
+prior.json             where it was estimated, the shares of the clusters
 timing.json            seconds per stage
 checkpoints/, progress/   of stages under way; may be deleted
 """
@@ -64,7 +65,7 @@ class RunFolder:
         write_json(self.path / _RECORD, {**read_record(self.path), **values})
 
     def record_settled(self, asked: Recipe, settled: Recipe) -> None:
-        """Put the recipe with the chosen K into run.json, and what was asked for beside it.
+        """Put the recipe with the chosen K and the estimated prior into run.json, and what was asked for beside it.
 
         Raises:
             StorageError: As :meth:`record`.

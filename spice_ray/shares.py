@@ -1,11 +1,15 @@
-"""The prior of stage 2 as a user gives it: the shares that clusters have of the images, in a list or in a file."""
+"""The prior of stage 2 as a user gives it: the shares that clusters have of the images, in a list or in a file.
+
+Or the word ``estimate``: they are then settled by the embedding, before the heads are trained.
+"""
 
 import math
 from typing import Any
 
+ESTIMATE = "estimate"
 _TOLERANCE = 0.01
 _MOST_CHARACTERS = 10_000_000
-_FORMS = "a list of one share per cluster, such as [0.5, 0.3, 0.2], or a file of one share per line"
+_FORMS = f"a list of one share per cluster, such as [0.5, 0.3, 0.2], a file of one share per line, or {ESTIMATE}"
 
 
 def read_shares(file: str) -> list[float]:

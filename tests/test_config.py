@@ -222,5 +222,7 @@ def test_workers_are_refused_before_the_parts_of_their_lanes() -> None:
 
 def test_a_prior_needs_one_number_of_clusters() -> None:
     assert error_of(changed(num_clusters="2-4", heads__prior=[0.5, 0.5])) == (
-        "heads.prior has a share for each cluster and num_clusters=2-4 leaves their number open; give one number"
+        "heads.prior has a share for each cluster and num_clusters=2-4 leaves their number open; give one number, or "
+        "heads.prior=estimate"
     )
+    assert check_recipe(changed(num_clusters="2-4", heads__prior="estimate")).heads.prior == "estimate"

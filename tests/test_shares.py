@@ -16,6 +16,14 @@ def test_without_a_prior_clusters_are_equally_large() -> None:
     assert check_recipe(changed(heads__prior=None)).heads.prior is None
 
 
+def test_the_word_estimate_is_kept_until_there_is_an_embedding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("estimate").write_text("0.2\n0.5\n0.3\n")
+    assert load_recipe("digits", ["heads.prior=estimate"]).heads.prior == "estimate"
+    recipe = load_recipe("digits", ["num_clusters=3", "heads.prior=./estimate"])  # a file may have that name
+    assert recipe.heads.prior == (0.5, 0.3, 0.2)
+
+
 def test_a_list_on_the_command_line_is_kept_largest_first() -> None:
     recipe = load_recipe("digits", ["num_clusters=3", "heads.prior=[0.2,0.5,0.3]"])
     assert recipe.heads.prior == (0.5, 0.3, 0.2)
@@ -60,6 +68,7 @@ def test_shares_may_be_rounded(total: float) -> None:
         ({"a": 1}, "heads.prior={'a': 1} cannot be used; give a list"),
         (True, "heads.prior=True cannot be used; give a list"),
         ("estmate", "heads.prior=estmate cannot be read (No such file or directory); give a list"),
+        ("Estimate", "file of one share per line, or estimate"),
         ("", "heads.prior= cannot be read (No such file or directory); give a list"),
         ("a\0b", "is not a text file"),
     ],

@@ -113,7 +113,7 @@ def laplacian_spectrum(embeddings: NDArray[np.float32], count: int) -> Floats:
     """
     from scipy.sparse.csgraph import connected_components
 
-    graph = _neighbor_graph(embeddings)
+    graph = neighbor_graph(embeddings, _NEIGHBORS)
     num_parts, part_of = connected_components(graph, directed=False)
     # One part at a time: all of them have the eigenvalue 0, and Lanczos finds equal eigenvalues only by rounding.
     parts = [np.flatnonzero(part_of == part) for part in range(num_parts)]
@@ -121,10 +121,16 @@ def laplacian_spectrum(embeddings: NDArray[np.float32], count: int) -> Floats:
     return np.sort(np.concatenate(found))[:count]
 
 
-def _neighbor_graph(embeddings: NDArray[np.float32]) -> Any:
+def neighbor_graph(embeddings: NDArray[np.float32], num_neighbors: int) -> Any:
+    """Which rows are neighbours, as a sparse array of weights, (n, n): 2 where each is the other's, 1 where one is.
+
+    Args:
+        embeddings: Unit rows, (n, D), n >= 2.
+        num_neighbors: Of each row; all others where these are fewer.
+    """
     from scipy.sparse import csr_array
 
-    num_rows, k = len(embeddings), min(_NEIGHBORS, len(embeddings) - 1)
+    num_rows, k = len(embeddings), min(num_neighbors, len(embeddings) - 1)
     neighbors, _ = exact_neighbors(embeddings, k)
     starts = np.arange(0, num_rows * k + 1, k)
     one_way = csr_array((np.ones(num_rows * k), neighbors.numpy().ravel(), starts), shape=(num_rows, num_rows))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from spice_ray.config import Recipe, Settings
-from spice_ray.contracts import CLUSTER_COUNT, HEADS, LABELS, RELIABLE
+from spice_ray.contracts import CLUSTER_COUNT, HEADS, LABELS, PRIOR, RELIABLE
 from spice_ray.core.unsupervised_loss import perfect_loss
 from spice_ray.errors import DamagedError, StorageError
 from spice_ray.image_counts import num_neighbors
@@ -28,10 +28,12 @@ from spice_ray.runtime.cluster_count import TABLE, describe, publish_cluster_cou
 from spice_ray.runtime.data import Shards, open_shards
 from spice_ray.runtime.heads import HeadPool, publish_heads, train_ensemble
 from spice_ray.runtime.inference import training_ids
+from spice_ray.runtime.prior import SHARES, describe_prior, publish_prior
 from spice_ray.runtime.progress import Done, Reporter, watched
 from spice_ray.runtime.reading import find_damaged
 from spice_ray.runtime.reliable import check_clusters, publish_reliable
 from spice_ray.shards import check_shards, splits_of
+from spice_ray.shares import ESTIMATE
 from spice_ray.storage import Artifact, fingerprint, open_artifact
 
 Show = Callable[[Done], None]
@@ -116,8 +118,33 @@ class Pipeline(ABC):
         return found
 
     @cached_property
+    def prior(self) -> Artifact | None:
+        """The shares of the clusters where the recipe has them estimated."""
+        recipe = self._with_count
+        if recipe.heads.prior != ESTIMATE:
+            return None
+        embedding = self.embedding
+        settings = {"num_clusters": recipe.num_clusters, **self._common()}
+
+        def make(print_: str, progress: Path, show: Show) -> None:
+            publish_prior(self._root, print_, recipe, embedding, training_ids(self.train_shards))
+
+        found = self._artifact(PRIOR, "shares of the clusters", "clusters", settings, [embedding], make)
+        self.run.publish_table(found, SHARES)
+        self.reporter.note(describe_prior(found))
+        return found
+
+    @cached_property
     def settled(self) -> Recipe:
-        """The recipe with the K that was given or chosen: what comes after the embedding goes by it."""
+        """The recipe with the K and the prior that were given or found: what comes after the embedding goes by it."""
+        recipe = self._with_count
+        if self.prior is None:
+            return recipe
+        heads = recipe.heads.model_copy(update={"prior": tuple(self.prior.manifest["shares"])})
+        return recipe.model_copy(update={"heads": heads})
+
+    @property
+    def _with_count(self) -> Recipe:
         if self.cluster_count is None:
             return self.recipe
         chosen = self.cluster_count.manifest["num_clusters"]
@@ -168,8 +195,9 @@ class Pipeline(ABC):
         self.run.publish_table(result, "assignments.parquet")
         self.run.publish_table(self.shards_artifact, "rejects.parquet")
         prints = {artifact.kind: artifact.fingerprint for artifact in (*self.made, result)}
-        if self.cluster_count is not None:
-            prints[CLUSTER_COUNT] = self.cluster_count.fingerprint
+        found = [artifact for artifact in (self.cluster_count, self.prior) if artifact is not None]
+        if found:
+            prints |= {artifact.kind: artifact.fingerprint for artifact in found}
             self.run.record_settled(self.recipe, self.settled)
         root, own = self.shards_artifact.path.parent.resolve(), self.run.artifacts.resolve()
         self.run.record(

@@ -243,6 +243,7 @@ def shares_of(settings: Heads, num_clusters: int) -> Tensor:
     """What part of the images each cluster has, in no order: the prior, or equal parts; float64, (K,)."""
     if settings.prior is None:
         return equal_shares(num_clusters)
+    assert isinstance(settings.prior, tuple), "the prior is estimated before heads are trained"
     return torch.tensor(settings.prior, dtype=torch.float64)
 
 

@@ -112,15 +112,18 @@ def test_rows_of_the_test_split_have_no_say_in_k(six: Path, local_ray: None, tmp
     assert (found["num_clusters"], found["num_rows"]) == (4, int((labels < 4).sum()))
 
 
-def test_stage_3_and_a_sweep_go_by_the_chosen_k(copied: Path, corpus: Corpus) -> None:
-    recipe = small_recipe("num_clusters=2-12")
+def test_stage_3_and_a_sweep_go_by_the_chosen_k_and_the_estimated_prior(copied: Path, corpus: Corpus) -> None:
+    recipe = small_recipe("num_clusters=2-12", "heads.prior=estimate")
     change_record(copied, recipe=science(recipe))  # stage 1 and the embedding do not depend on K
     prepared = workflow.prepare(recipe, str(corpus.parquet), copied)
     sweep = Sweep(recipe="digits", space={"joint.confidence": [0.95]})
     workflow.sweep(prepared, sweep, "one", SilentReporter())
     chosen = read(copied / "cluster_count.json")["num_clusters"]
     assert read(copied / "sweeps" / "one" / "run.json")["recipe"]["num_clusters"] == chosen
-    assert load_recipe(str(copied / "sweeps" / "one" / "winner.yaml"), []).num_clusters == chosen
+    winner = load_recipe(str(copied / "sweeps" / "one" / "winner.yaml"), [])
+    assert winner.num_clusters == chosen
+    (prior,) = (copied / "artifacts").glob("prior-*/prior.json")
+    assert winner.heads.prior == tuple(read(prior)["shares"])
     artifacts = set((copied / "artifacts").iterdir())
     workflow.run(workflow.prepare(recipe, str(corpus.parquet), copied), SilentReporter())
     assert set((copied / "artifacts").iterdir()) == artifacts  # the trial was of the run's own settings
