@@ -15,6 +15,7 @@ OVERRIDES = {
     "pretrain.batch_size": 64,
     "pretrain.queue_size": 128,
     "heads.count": 3,
+    "heads.more": 0,
     "heads.epochs": 4,
     "heads.repeats": 2,
     "reliable.min_consistency": 0.5,
