@@ -116,7 +116,7 @@ def _one_round(recipe: Recipe) -> Recipe:
     """As many heads as the recipe's, each for one EM step."""
     heads = recipe.heads
     settings = (f"heads.count={heads.count}", "heads.epochs=1", f"heads.round_size={heads.round_size}")
-    return load_recipe("embeddings", [f"num_clusters={CLUSTERS}", *settings])
+    return load_recipe("embeddings", [f"num_clusters={CLUSTERS}", "heads.start=random", *settings])
 
 
 def _one_actor(device: torch.device) -> Scale:

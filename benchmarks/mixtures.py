@@ -49,15 +49,22 @@ def suite() -> list[Mixture]:
 
 def draw(mixture: Mixture, num_rows: int, seed: int) -> NDArray[np.float32]:
     """Unit rows of the mixture in random order, (n, D)."""
+    return draw_labelled(mixture, num_rows, seed)[0]
+
+
+def draw_labelled(mixture: Mixture, num_rows: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Unit rows of the mixture in random order, (n, D), and the cluster of each, (n,)."""
     rng = np.random.default_rng([seed, *mixture.name.encode(), mixture.num_clusters])
     centres = _centres(mixture, rng)
     deviation = np.quantile(_nearest(centres), 0.2) / mixture.distance
     sizes = _sizes(mixture, num_rows, rng)
     drawn = [centre + deviation * _cluster(mixture, size, rng) for centre, size in zip(centres, sizes, strict=True)]
-    low = rng.permutation(np.concatenate(drawn))
+    order = rng.permutation(sum(len(rows) for rows in drawn))
+    low = np.concatenate(drawn)[order]
     turn = np.linalg.qr(rng.normal(size=(mixture.width, mixture.dims)))[0].T
     noise = rng.normal(size=(len(low), mixture.width)) * np.sqrt(mixture.dims / mixture.width)
-    return _unit(low @ turn + _FAINT * deviation * noise).astype(np.float32)
+    labels = np.repeat(np.arange(len(drawn)), [len(rows) for rows in drawn])[order]
+    return _unit(low @ turn + _FAINT * deviation * noise).astype(np.float32), labels
 
 
 def _centres(mixture: Mixture, rng: np.random.Generator) -> Floats:

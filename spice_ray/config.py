@@ -170,6 +170,11 @@ class Heads(Settings):
     """Views whose probabilities choose the prototypes (E-step); the strong ones: the first of them."""
     train_view: Literal["weak", "strong"] = "strong"
     """Views that learn the pseudo-labels (M-step)."""
+    start: Literal["random", "kmeans"] = "random"
+    """What chooses the first prototypes: heads of random weights, or, for embeddings that are given, k-means, which
+    then is one head more; of all these the one is chosen whose clusters fit the nearest neighbours best."""
+    views: Annotated[int, Field(ge=0)] = 0
+    """For embeddings that are given: how many nearest neighbours of each stand for its strong views; 0: itself."""
     more: Annotated[int, Field(ge=0)] = 10
     """Heads that may be trained beyond ``count`` where every one so far has merged clusters."""
     consensus: bool = False
@@ -189,6 +194,16 @@ class ImageHeads(Heads):
 
     views: PositiveInt = 4
     """Strong views of each image whose features are kept for the heads."""
+
+    @field_validator("start")
+    @classmethod
+    def _check_start(cls, start: str) -> str:
+        if start != "random":
+            raise ValueError(
+                f"heads.start={start} is for embeddings that are given, and this recipe is one of images; use "
+                "heads.start=random"
+            )
+        return start
 
 
 class Reliable(Settings):

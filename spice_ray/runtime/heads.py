@@ -34,11 +34,13 @@ _ROWS_AT_ONCE = 8192
 class HeadActor:
     """Trains groups of heads, one group after the other."""
 
-    def __init__(self, recipe: Recipe, scale: Scale, place: BankPlace, progress: Path, writer: str) -> None:
+    def __init__(
+        self, recipe: Recipe, scale: Scale, place: BankPlace, starts: Sequence[ClusterHead], progress: Path, writer: str
+    ) -> None:
         torch.set_num_threads(scale.cpus_per_worker)
         # A head that is nearly certain has gradients so small that a processor takes many times as long for them.
         torch.set_flush_denormal(True)
-        self._recipe, self._scale = recipe, scale
+        self._recipe, self._scale, self._starts = recipe, scale, starts
         self._writer = ProgressWriter(progress, writer)
         self._done: dict[tuple[int, ...], int] = {}
         device = torch.device("cuda" if scale.head_gpus else "cpu")
@@ -67,6 +69,7 @@ class HeadActor:
             seed=recipe.seed,
             train_ids=train_ids,
             progress=HeadProgress(states, group, self._scale.checkpoint_seconds, tell),
+            starts=[self._starts[index] for index in group] if self._starts else None,
         )
 
     def _show(self) -> None:
@@ -85,10 +88,14 @@ class HeadPool:
         train_ids: NDArray[np.int64],
         progress: Path,
         finished: Path,
+        starts: Sequence[ClusterHead] = (),
     ) -> None:
-        """Heads that were trained are kept in the folder ``finished``; those found there are not trained again."""
+        """Heads that were trained are kept in the folder ``finished``; those found there are not trained again.
+
+        ``starts`` choose the prototypes of the heads' first rounds, one for each number; none: the heads do.
+        """
         self._recipe, self._scale, self._store = recipe, scale, store
-        self._train_ids, self._progress, self._finished = train_ids, progress, finished
+        self._train_ids, self._progress, self._finished, self._starts = train_ids, progress, finished, starts
 
     def train(self, numbers: Sequence[int]) -> list[TrainedHead]:
         """The heads of these numbers; which actor trains a head has no influence on it."""
@@ -126,7 +133,7 @@ class HeadPool:
         )
         count = num_actors(scale, self._recipe.heads.count)
         return [
-            remote.remote(self._recipe, scale, self._place, self._progress, f"actor-{number}")
+            remote.remote(self._recipe, scale, self._place, self._starts, self._progress, f"actor-{number}")
             for number in range(count)
         ]
 
@@ -168,11 +175,20 @@ def _read_head(folder: Path, index: int) -> TrainedHead | None:
     return TrainedHead(load_weights(folder / f"{index:03d}.safetensors"), **read_json(record))
 
 
-def publish_heads(root: Path, print_: str, recipe: Recipe, bank: Bank, heads: list[TrainedHead]) -> Artifact:
-    """Publish the ensemble with the chosen head's assignment of every image, or the consensus (SPICE_s)."""
-    chosen = choose_head(heads)
-    voting = voting_heads([head.loss for head in heads], chosen, recipe.num_clusters)
-    modules = [_head(trained, bank.plain.shape[1], recipe.num_clusters) for trained in heads]
+def publish_heads(
+    root: Path,
+    print_: str,
+    recipe: Recipe,
+    bank: Bank,
+    heads: list[TrainedHead],
+    fits: list[float] | None = None,
+) -> Artifact:
+    """Publish the ensemble with the chosen head's assignment of every image, or the consensus (SPICE_s).
+
+    The head is chosen by its unsupervised loss; or by ``fits``, if these are given, and then the last head is k-means.
+    """
+    chosen, voting = _choose(heads, fits, recipe.num_clusters)
+    modules = [trained.head() for trained in heads]
 
     def write(folder: Path) -> dict[str, Any]:
         for index, module in enumerate(modules):
@@ -190,6 +206,7 @@ def publish_heads(root: Path, print_: str, recipe: Recipe, bank: Bank, heads: li
             "num_clusters": recipe.num_clusters,
             "voting": voting,
             "num_merged": sum(head.loss > merged_loss(recipe.num_clusters) for head in heads),
+            "modularities": fits,
             "losses": [head.loss for head in heads],
             "best_epochs": [head.best_epoch for head in heads],
             "losses_over_time": [head.losses for head in heads],
@@ -211,7 +228,9 @@ def assign_by_head(head: ClusterHead, features: NDArray[np.floating]) -> tuple[N
     return labels, confidences
 
 
-def _head(trained: TrainedHead, embed_dim: int, num_clusters: int) -> ClusterHead:
-    head = ClusterHead(embed_dim, num_clusters, 0)
-    head.load_state_dict(trained.weights)
-    return head
+def _choose(heads: list[TrainedHead], fits: list[float] | None, num_clusters: int) -> tuple[int, list[int]]:
+    """The chosen head and those that vote. Where it is k-means, no head has found anything better, and none votes."""
+    chosen = choose_head(heads) if fits is None else int(np.argmax(fits))
+    if fits is not None and chosen == len(heads) - 1:
+        return chosen, [chosen]
+    return chosen, voting_heads([head.loss for head in heads], chosen, num_clusters)

@@ -34,6 +34,7 @@ from spice_ray.runtime.reading import find_damaged
 from spice_ray.runtime.reliable import check_clusters, publish_reliable
 from spice_ray.shards import check_shards, splits_of
 from spice_ray.shares import ESTIMATE
+from spice_ray.stages.kmeans_start import best_start, fit_starts, modularities
 from spice_ray.storage import Artifact, fingerprint, open_artifact
 
 Show = Callable[[Done], None]
@@ -159,9 +160,15 @@ class Pipeline(ABC):
 
         def make(print_: str, progress: Path, show: Show) -> None:
             ids, finished = training_ids(self.train_shards), self.run.checkpoints / f"heads-{print_}"
-            pool = HeadPool(recipe, recipe.scale, embedding, ids, progress, finished)
+            bank, fits = open_bank(embedding), None
+            starts = fit_starts(bank, ids, recipe) if recipe.heads.start == "kmeans" else []
+            heads = [start.head for start in starts]
+            pool = HeadPool(recipe, recipe.scale, embedding, ids, progress, finished, heads)
             trained = watched(partial(train_ensemble, pool, recipe.heads, recipe.num_clusters), progress, show)
-            publish_heads(self._root, print_, recipe, open_bank(embedding), trained)
+            if starts:
+                trained.append(best_start(starts, bank, ids, recipe))
+                fits = modularities(trained, bank, ids, recipe)
+            publish_heads(self._root, print_, recipe, bank, trained, fits)
             shutil.rmtree(finished, ignore_errors=True)
 
         return self._artifact(HEADS, "stage 2: clustering heads", "epochs", settings, [embedding], make)
@@ -240,11 +247,23 @@ class Pipeline(ABC):
             f"least unsupervised loss of {len(losses)} heads: {min(losses):.4f} (the largest: {max(losses):.4f}, "
             f"perfect clusters: {best:.4f})"
         )
+        if told["modularities"] is not None:
+            self.reporter.note(_describe_choice(told["chosen"], told["modularities"]))
         if merged == len(losses):
             self.reporter.note(
                 f"every one of the {merged} heads has merged clusters or is unsure of as much: the images may have "
                 f"other clusters than num_clusters={self.settled.num_clusters}, or need a better encoder"
             )
+
+
+def _describe_choice(chosen: int, fits: list[float]) -> str:
+    """Which of the heads, of which k-means is the last, has the clusters that fit the neighbours best."""
+    *heads, start = fits
+    name = "k-means" if chosen == len(heads) else f"head {chosen}"
+    return (
+        f"the clusters are those of {name}, which fit the nearest neighbours best: modularity "
+        f"{fits[chosen]:.4f} (the best head: {max(heads):.4f}, k-means: {start:.4f})"
+    )
 
 
 def _opened(root: Path, kind: str, print_: str) -> Artifact:

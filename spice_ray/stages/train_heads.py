@@ -48,6 +48,13 @@ class TrainedHead(NamedTuple):
     losses: list[float]
     """The unsupervised loss after each epoch."""
 
+    def head(self) -> ClusterHead:
+        """The head itself, on the CPU."""
+        num_clusters, width = self.weights["2.weight"].shape
+        head = ClusterHead(width, num_clusters, 0)
+        head.load_state_dict(self.weights)
+        return head
+
 
 class HeadProgress(Protocol):
     """What the training of heads needs from whoever runs it: a place to go on from, and somebody to tell."""
@@ -70,6 +77,7 @@ def train_heads(
     seed: int,
     train_ids: NDArray[np.int64],
     progress: HeadProgress,
+    starts: Sequence[ClusterHead] | None = None,
 ) -> list[TrainedHead]:
     """Train the heads of these numbers, each of which depends on the run's seed and its own number alone.
 
@@ -81,6 +89,8 @@ def train_heads(
         seed: The run's.
         train_ids: Rows of the bank that may be trained on, int64.
         progress: Where to go on from.
+        starts: For each head the one whose probabilities choose the prototypes of its first round; none: its own, whose
+            weights are random then.
 
     Returns:
         For each head the weights of the epoch with the least unsupervised loss, and that loss.
@@ -88,7 +98,7 @@ def train_heads(
     Raises:
         TrainingError: No epoch's loss of a head is a number.
     """
-    group = _Group(features, indices, settings, num_clusters, seed, train_ids)
+    group = _Group(features, indices, settings, num_clusters, seed, train_ids, starts)
     state = progress.restore()
     if state is not None:
         group.load(state)
@@ -109,10 +119,12 @@ class _Group:
         num_clusters: int,
         seed: int,
         train_ids: NDArray[np.int64],
+        starts: Sequence[ClusterHead] | None,
     ) -> None:
         heads = [ClusterHead(features.width, num_clusters, stream_key(seed, "head", index)) for index in indices]
         self._features, self._indices, self._settings, self._seed = features, indices, settings, seed
         self._train_ids, self._num_clusters = train_ids, num_clusters
+        self._starts = None if starts is None else [start.to(features.device) for start in starts]
         self._stack = HeadStack(heads).to(features.device)
         self._optimizer = torch.optim.Adam(self._stack.parameters(), lr=settings.lr, fused=True)
         self._losses: list[list[float]] = [[] for _ in indices]
@@ -142,9 +154,10 @@ class _Group:
         for number in range(len(self._train_ids) // round_size):
             # Sorted, so that a bank on a disk is read from front to back.
             rows = [np.sort(order[number * round_size : (number + 1) * round_size]) for order in orders]
+            teachers = [self._teacher(place, is_first=epoch == number == 0) for place in range(len(self._indices))]
             pseudo = [
-                label_round(self._classify(place), self._features, rows[place], self._settings, self._num_clusters)
-                for place in range(len(self._indices))
+                label_round(teacher, self._features, own, self._settings, self._num_clusters)
+                for teacher, own in zip(teachers, rows, strict=True)
             ]
             round_keys = [stream_key(self._seed, *key, number) for key in keys]
             fit_round(self._stack, self._optimizer, self._features, rows, pseudo, self._settings, round_keys)
@@ -156,6 +169,10 @@ class _Group:
 
     def _classify(self, place: int) -> Classify:
         return lambda pooled: self._stack.logits_of(place, pooled)
+
+    def _teacher(self, place: int, *, is_first: bool) -> Classify:
+        """What chooses the prototypes of a round."""
+        return self._starts[place] if is_first and self._starts is not None else self._classify(place)
 
     def _judge(self, place: int) -> None:
         losses = self._losses[place]
