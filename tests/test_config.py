@@ -16,6 +16,16 @@ def test_a_minimal_recipe_takes_the_documented_defaults() -> None:
     assert recipe.scale.workers == 1
 
 
+def test_embeddings_begin_with_k_means_and_images_may_not() -> None:
+    given = {name: small_recipe()[name] for name in ("num_clusters", "heads", "reliable")}
+    heads = check_recipe({**given, "heads": {**given["heads"], "start": "kmeans", "views": 0}}).heads
+    assert (heads.start, heads.views) == ("kmeans", 0)
+    assert "kmean'" in error_of({**given, "heads": {**given["heads"], "start": "kmean"}})
+    assert error_of(changed(heads__start="kmeans")) == (
+        "heads.start=kmeans is for embeddings that are given, and this recipe is one of images; use heads.start=random"
+    )
+
+
 def test_settings_cannot_be_changed_after_checking() -> None:
     recipe = check_recipe(small_recipe())
     with pytest.raises(ValueError, match="frozen"):

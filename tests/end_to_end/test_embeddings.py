@@ -72,6 +72,13 @@ def test_embeddings_get_the_clusters_of_the_chosen_head(embedded: Path) -> None:
     assert kinds == {"shards", "labels", "embedding", "heads", "reliable", "assignments"}
 
 
+def test_the_heads_beside_k_means_are_chosen_by_how_well_they_fit_the_neighbours(embedded: Path) -> None:
+    told = one(embedded, "heads").manifest
+    assert len(told["modularities"]) == len(told["losses"]) == 3 + 1
+    assert told["chosen"] == np.argmax(told["modularities"])
+    assert one(embedded, "assignments").manifest["unsupervised_loss"] == told["losses"][told["chosen"]]
+
+
 def test_an_embedding_that_cannot_be_used_is_listed_with_its_reason(embedded: Path) -> None:
     (reject,) = pq.read_table(embedded / "rejects.parquet").to_pylist()
     assert reject["source"].endswith("600")
@@ -201,6 +208,13 @@ def test_the_split_protocol_trains_on_train_and_scores_on_test(vectors: Path, tm
     table = pq.read_table(run / "assignments.parquet")
     is_train = np.asarray(table["split"].to_pylist()) == "train"
     assert is_train.sum() == 450
+    embedding, plain, strong = (
+        np.load(one(run, "embedding").file(f"{n}.npy")) for n in ("embedding", "plain", "strong")
+    )
+    similarity = embedding[is_train].astype(np.float64) @ embedding[is_train].T
+    np.fill_diagonal(similarity, -2)
+    for view, number in zip(strong[:, is_train], np.argsort(-similarity, axis=1)[:, :10].T, strict=True):
+        assert (view == plain[is_train][number]).all()
     consistency = np.asarray(table["consistency"].to_pylist(), float)
     assert np.isnan(consistency[~is_train]).all()
     assert not np.isnan(consistency[is_train]).any()

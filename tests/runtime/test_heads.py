@@ -22,8 +22,10 @@ from spice_ray.errors import StorageError
 from spice_ray.recipe import load_recipe
 from spice_ray.runtime.bank import BankPlace, bank_bytes, open_bank
 from spice_ray.runtime.head_progress import HeadProgress, state_file
-from spice_ray.runtime.heads import HeadPool, assign_by_head, num_actors, train_ensemble
-from spice_ray.stages.train_heads import TrainedHead
+from spice_ray.runtime.heads import HeadPool, assign_by_head, num_actors, publish_heads, train_ensemble
+from spice_ray.stages.features import Features
+from spice_ray.stages.kmeans_start import fit_starts
+from spice_ray.stages.train_heads import TrainedHead, train_heads
 from spice_ray.storage import Artifact, publish, read_json
 
 NUM_IMAGES, WIDTH = 120, 8
@@ -106,6 +108,50 @@ def train_by_each(store: Artifact, folder: Path, counts: tuple[int, ...]) -> Non
             assert num_actors(scale, 10) == count
             train(store, folder / str(count), scale, "heads.count=10", "heads.more=0")
         ray.shutdown()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_each_head_begins_with_the_start_of_its_number_whatever_the_actor(store: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "progress").mkdir()
+    made, ids, bank = recipe("heads.epochs=1"), np.arange(NUM_IMAGES), open_bank(store)
+    starts = [start.head for start in fit_starts(bank, ids, made)]
+    starts[1] = ClusterHead(WIDTH, 3, key=5)
+    pool = HeadPool(made, Scale(head_actors=2), store, ids, tmp_path / "progress", tmp_path / "finished", starts)
+    torch.set_flush_denormal(True)  # as an actor does
+    try:
+        for index, found in zip([2, 0, 1], pool.train([2, 0, 1]), strict=True):
+            (alone,) = train_heads(
+                Features(bank, torch.device("cpu")),
+                [index],
+                made.heads,
+                num_clusters=3,
+                seed=made.seed,
+                train_ids=ids,
+                progress=HeadProgress(tmp_path / "alone", [index], 1000, lambda _: None),
+                starts=[starts[index]],
+            )
+            assert found.losses == pytest.approx(alone.losses, abs=1e-6)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_k_means_that_fits_best_is_the_result_and_no_head_outvotes_it(store: Artifact, tmp_path: Path) -> None:
+    bank, made = open_bank(store), recipe("heads.consensus=true")
+    modules = [ClusterHead(WIDTH, 3, key=key) for key in range(4)]
+    heads = [
+        TrainedHead(module.state_dict(), loss, 0, [loss])
+        for module, loss in zip(modules, (0.8, 0.7, 0.75, 0.9), strict=True)
+    ]
+    for fits, chosen, voting in (
+        (None, 1, [1, 2, 0]),
+        ([0.2, 0.1, 0.3, 0.3], 2, [2, 1, 0, 3]),
+        ([0.2, 0.1, 0.3, 0.4], 3, [3]),
+    ):
+        found = publish_heads(tmp_path, f"{chosen}", made, bank, heads, fits)
+        assert (found.manifest["chosen"], found.manifest["voting"]) == (chosen, voting)
+        assert found.manifest["modularities"] == fits
+    assert np.load(found.file("assignments.npy")).tolist() == assign_by_head(modules[3], bank.plain)[0].tolist()
+    assert not np.load(found.file("disagreement.npy")).any()
 
 
 @pytest.mark.usefixtures("local_ray")
