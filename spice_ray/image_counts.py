@@ -10,6 +10,14 @@ def num_neighbors(reliable: Reliable, num_images: int, num_clusters: int) -> int
     return min(wanted, num_images - 1)
 
 
+def num_views(views: int, num_images: int, num_clusters: int) -> int:
+    """How many of the nearest neighbours that are views of an embedding heads learn from: at most N / (4 K).
+
+    In a small cluster the neighbours farther off belong to other clusters.
+    """
+    return min(views, max(1, num_images // (4 * num_clusters)))
+
+
 def check_count(recipe: Recipe, num_images: int, num_train: int) -> None:
     """Refuse a recipe that does not fit the number of images.
 

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from spice_ray.config import Heads, Recipe, Scale
+from spice_ray.config import Heads, ImageRecipe, Recipe, Scale
 from spice_ray.contracts import HEADS, Bank
 from spice_ray.core.consensus import consensus, voting_heads
 from spice_ray.core.heads import ClusterHead
 from spice_ray.core.unsupervised_loss import merged_loss
+from spice_ray.image_counts import num_views
 from spice_ray.runtime.bank import BankPlace, bank_bytes
 from spice_ray.runtime.cluster import room
 from spice_ray.runtime.head_progress import HeadProgress, state_file
@@ -24,6 +25,7 @@ from spice_ray.runtime.memory import free_on_device
 from spice_ray.runtime.progress import ProgressWriter
 from spice_ray.runtime.weights import load_weights, save_weights
 from spice_ray.stages.features import Features
+from spice_ray.stages.kmeans_start import Choice
 from spice_ray.stages.train_heads import TrainedHead, choose_head, train_heads
 from spice_ray.storage import Artifact, publish, read_json, write_json
 
@@ -61,8 +63,11 @@ class HeadActor:
             self._done[tuple(group)] = num_epochs
             self._show()
 
+        features = self._features
+        if not isinstance(recipe, ImageRecipe):
+            features = features.with_strong(num_views(recipe.heads.views, len(train_ids), recipe.num_clusters))
         return train_heads(
-            self._features,
+            features,
             group,
             recipe.heads,
             num_clusters=recipe.num_clusters,
@@ -181,13 +186,17 @@ def publish_heads(
     recipe: Recipe,
     bank: Bank,
     heads: list[TrainedHead],
-    fits: list[float] | None = None,
+    choice: Choice | None = None,
 ) -> Artifact:
     """Publish the ensemble with the chosen head's assignment of every image, or the consensus (SPICE_s).
 
-    The head is chosen by its unsupervised loss; or by ``fits``, if these are given, and then the last head is k-means.
+    Without a ``choice`` the head with the least unsupervised loss is chosen; with one the last of the heads is k-means.
+    Where that is chosen, no other has found anything better, and none votes.
     """
-    chosen, voting = _choose(heads, fits, recipe.num_clusters)
+    chosen = choose_head(heads) if choice is None else choice.chosen
+    voting = voting_heads([head.loss for head in heads], chosen, recipe.num_clusters)
+    if choice is not None and chosen == len(heads) - 1:
+        voting = [chosen]
     modules = [trained.head() for trained in heads]
 
     def write(folder: Path) -> dict[str, Any]:
@@ -206,7 +215,7 @@ def publish_heads(
             "num_clusters": recipe.num_clusters,
             "voting": voting,
             "num_merged": sum(head.loss > merged_loss(recipe.num_clusters) for head in heads),
-            "modularities": fits,
+            "modularities": None if choice is None else choice.modularities,
             "losses": [head.loss for head in heads],
             "best_epochs": [head.best_epoch for head in heads],
             "losses_over_time": [head.losses for head in heads],
@@ -226,11 +235,3 @@ def assign_by_head(head: ClusterHead, features: NDArray[np.floating]) -> tuple[N
         confidence, label = probs.max(dim=1)
         labels[rows], confidences[rows] = label.numpy(), confidence.numpy()
     return labels, confidences
-
-
-def _choose(heads: list[TrainedHead], fits: list[float] | None, num_clusters: int) -> tuple[int, list[int]]:
-    """The chosen head and those that vote. Where it is k-means, no head has found anything better, and none votes."""
-    chosen = choose_head(heads) if fits is None else int(np.argmax(fits))
-    if fits is not None and chosen == len(heads) - 1:
-        return chosen, [chosen]
-    return chosen, voting_heads([head.loss for head in heads], chosen, num_clusters)

@@ -34,7 +34,7 @@ from spice_ray.runtime.reading import find_damaged
 from spice_ray.runtime.reliable import check_clusters, publish_reliable
 from spice_ray.shards import check_shards, splits_of
 from spice_ray.shares import ESTIMATE
-from spice_ray.stages.kmeans_start import best_start, fit_starts, modularities
+from spice_ray.stages.kmeans_start import best_start, choose_by_neighbors, fit_starts
 from spice_ray.storage import Artifact, fingerprint, open_artifact
 
 Show = Callable[[Done], None]
@@ -160,15 +160,15 @@ class Pipeline(ABC):
 
         def make(print_: str, progress: Path, show: Show) -> None:
             ids, finished = training_ids(self.train_shards), self.run.checkpoints / f"heads-{print_}"
-            bank, fits = open_bank(embedding), None
+            bank, choice = open_bank(embedding), None
             starts = fit_starts(bank, ids, recipe) if recipe.heads.start == "kmeans" else []
             heads = [start.head for start in starts]
             pool = HeadPool(recipe, recipe.scale, embedding, ids, progress, finished, heads)
             trained = watched(partial(train_ensemble, pool, recipe.heads, recipe.num_clusters), progress, show)
             if starts:
                 trained.append(best_start(starts, bank, ids, recipe))
-                fits = modularities(trained, bank, ids, recipe)
-            publish_heads(self._root, print_, recipe, bank, trained, fits)
+                choice = choose_by_neighbors(trained, bank, ids, recipe)
+            publish_heads(self._root, print_, recipe, bank, trained, choice)
             shutil.rmtree(finished, ignore_errors=True)
 
         return self._artifact(HEADS, "stage 2: clustering heads", "epochs", settings, [embedding], make)
@@ -261,7 +261,7 @@ def _describe_choice(chosen: int, fits: list[float]) -> str:
     *heads, start = fits
     name = "k-means" if chosen == len(heads) else f"head {chosen}"
     return (
-        f"the clusters are those of {name}, which fit the nearest neighbours best: modularity "
+        f"the clusters are those of {name}, by how they fit the nearest neighbours: modularity "
         f"{fits[chosen]:.4f} (the best head: {max(heads):.4f}, k-means: {start:.4f})"
     )
 

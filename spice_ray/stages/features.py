@@ -1,7 +1,8 @@
 """Rows of the shared bank of features as tensors: gathered from shared memory or a mapped file, or on the device."""
 
+import copy
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -27,6 +28,12 @@ class Features:
         gather = self._on_device if resident else self._on_host
         self._embedding, self._plain, self._weak = gather(bank.embedding), gather(bank.plain), gather(bank.weak)
         self._strong = [gather(view) for view in bank.strong]
+
+    def with_strong(self, most: int) -> Self:
+        """The same with at most so many strong views, at least one."""
+        found = copy.copy(self)
+        found.num_strong = max(1, min(most, self.num_strong))
+        return found
 
     def embedding(self, rows: NDArray[np.int64]) -> Tensor:
         """Unit rows of the plain view, (B, D)."""

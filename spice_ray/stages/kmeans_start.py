@@ -6,6 +6,7 @@ are not; and where clusters are round, or differ in size, it is k-means that is 
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from spice_ray.config import Recipe
 from spice_ray.contracts import Bank
 from spice_ray.core.cluster_count import sample_ids
 from spice_ray.core.kmeans import KMeansHead, kmeans_head
-from spice_ray.core.modularity import modularity
+from spice_ray.core.modularity import fits_better, modularity
 from spice_ray.core.neighbors import exact_neighbors
 from spice_ray.core.order import permutation, stream_key
+from spice_ray.image_counts import num_views
 from spice_ray.stages.features import Features
 from spice_ray.stages.train_heads import TrainedHead, evaluate_head
 
@@ -28,6 +30,14 @@ MOST_VALUES = 2e7
 _NEIGHBORS = 10
 
 Ints = NDArray[np.int64]
+
+
+class Choice(NamedTuple):
+    """Which of the heads is chosen, and by what."""
+
+    chosen: int
+    modularities: list[float]
+    """Of each head's clusters."""
 
 
 def fit_starts(bank: Bank, train_ids: Ints, recipe: Recipe) -> list[KMeansHead]:
@@ -56,15 +66,22 @@ def best_start(starts: Sequence[KMeansHead], bank: Bank, train_ids: Ints, recipe
 
 
 @torch.no_grad()
-def modularities(heads: Sequence[TrainedHead], bank: Bank, train_ids: Ints, recipe: Recipe) -> list[float]:
-    """How well each head's clusters fit the neighbours in the embedding, by at most 5,000 rows of ``train_ids``.
+def choose_by_neighbors(heads: Sequence[TrainedHead], bank: Bank, train_ids: Ints, recipe: Recipe) -> Choice:
+    """The head whose clusters fit the neighbours in the embedding best, by at most 5,000 rows of ``train_ids``.
 
-    The nearest neighbours, as many as there are views, do not count: heads have learnt that these have one label, and
-    would be judged by how well they learn by heart. It is the next ones that do.
+    The last of the heads is k-means, which is chosen unless another is better by more than chance would have it.
+
+    The nearest neighbours do not count, as many as were views: heads have learnt that these have one label, and would
+    be judged by how well they learn by heart. It is the next ones that do.
     """
-    rows, taught = sample_ids(train_ids, recipe.seed), recipe.heads.views
-    found = exact_neighbors(bank.embedding[rows], min(taught + _NEIGHBORS, len(rows) - 1))[0].numpy()
+    rows = sample_ids(train_ids, recipe.seed)
+    share = len(rows) / len(train_ids)
+    taught = math.ceil(share * num_views(recipe.heads.views, len(train_ids), recipe.num_clusters))
+    judging = max(1, num_views(_NEIGHBORS, len(rows), recipe.num_clusters))
+    found = exact_neighbors(bank.embedding[rows], min(taught + judging, len(rows) - 1))[0].numpy()
     neighbors = found[:, min(taught, found.shape[1] - 1) :]
     plain = torch.from_numpy(bank.plain[rows].astype(np.float32))
-    modules = [trained.head() for trained in heads]
-    return [modularity(module(plain).argmax(dim=1).numpy(), neighbors) for module in modules]
+    labels = [trained.head()(plain).argmax(dim=1).numpy() for trained in heads]
+    fits = [modularity(of_head, neighbors) for of_head in labels]
+    best = int(np.argmax(fits))
+    return Choice(best if fits_better(labels[best], labels[-1], neighbors) else len(heads) - 1, fits)
