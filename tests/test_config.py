@@ -4,7 +4,7 @@ import pytest
 
 from spice_ray.config import Reliable
 from spice_ray.errors import ConfigError
-from spice_ray.image_counts import check_count, num_neighbors
+from spice_ray.image_counts import check_count, num_neighbors, num_views
 from spice_ray.recipe import check_recipe
 from tests.small_settings import changed, error_of, small_recipe
 
@@ -236,3 +236,8 @@ def test_a_prior_needs_one_number_of_clusters() -> None:
         "heads.prior=estimate"
     )
     assert check_recipe(changed(num_clusters="2-4", heads__prior="estimate")).heads.prior == "estimate"
+
+
+def test_heads_learn_from_at_most_a_quarter_of_an_average_cluster() -> None:
+    assert [num_views(10, n, 10) for n in (10, 40, 79, 80, 400, 4000)] == [1, 1, 1, 2, 10, 10]
+    assert num_views(0, 4000, 10) == 0

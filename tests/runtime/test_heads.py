@@ -24,7 +24,7 @@ from spice_ray.runtime.bank import BankPlace, bank_bytes, open_bank
 from spice_ray.runtime.head_progress import HeadProgress, state_file
 from spice_ray.runtime.heads import HeadPool, assign_by_head, num_actors, publish_heads, train_ensemble
 from spice_ray.stages.features import Features
-from spice_ray.stages.kmeans_start import fit_starts
+from spice_ray.stages.kmeans_start import Choice, fit_starts
 from spice_ray.stages.train_heads import TrainedHead, train_heads
 from spice_ray.storage import Artifact, publish, read_json
 
@@ -142,14 +142,15 @@ def test_k_means_that_fits_best_is_the_result_and_no_head_outvotes_it(store: Art
         TrainedHead(module.state_dict(), loss, 0, [loss])
         for module, loss in zip(modules, (0.8, 0.7, 0.75, 0.9), strict=True)
     ]
-    for fits, chosen, voting in (
+    fits = [0.2, 0.1, 0.3, 0.4]
+    for choice, chosen, voting in (
         (None, 1, [1, 2, 0]),
-        ([0.2, 0.1, 0.3, 0.3], 2, [2, 1, 0, 3]),
-        ([0.2, 0.1, 0.3, 0.4], 3, [3]),
+        (Choice(2, fits), 2, [2, 1, 0, 3]),
+        (Choice(3, fits), 3, [3]),
     ):
-        found = publish_heads(tmp_path, f"{chosen}", made, bank, heads, fits)
+        found = publish_heads(tmp_path, f"{chosen}", made, bank, heads, choice)
         assert (found.manifest["chosen"], found.manifest["voting"]) == (chosen, voting)
-        assert found.manifest["modularities"] == fits
+        assert found.manifest["modularities"] == (None if choice is None else fits)
     assert np.load(found.file("assignments.npy")).tolist() == assign_by_head(modules[3], bank.plain)[0].tolist()
     assert not np.load(found.file("disagreement.npy")).any()
 

@@ -19,7 +19,7 @@ from spice_ray.core.unsupervised_loss import perfect_loss
 from spice_ray.recipe import load_recipe
 from spice_ray.stages import kmeans_start
 from spice_ray.stages.features import Features
-from spice_ray.stages.kmeans_start import FEWEST_STARTS, best_start, fit_starts, modularities
+from spice_ray.stages.kmeans_start import FEWEST_STARTS, best_start, choose_by_neighbors, fit_starts
 from spice_ray.stages.train_heads import TrainedHead, train_heads
 
 CPU = torch.device("cpu")
@@ -144,21 +144,30 @@ def paired() -> tuple[Bank, list[TrainedHead]]:
     return bank_of(rows), [TrainedHead(head.state_dict(), 0, 0, [0]) for head in heads]
 
 
-def test_heads_are_judged_by_the_neighbours_that_they_have_not_learnt_from() -> None:
+@pytest.mark.parametrize(("views", "first", "last"), [(0, 0, 5), (1, 1, 6), (3, 3, 8), (10, 5, 10)])
+def test_heads_are_judged_by_the_neighbours_that_they_have_not_learnt_from(views: int, first: int, last: int) -> None:
     bank, heads = paired()
-    neighbors = exact_neighbors(bank.embedding, 11)[0].numpy()
     labels = [clusters_of(trained.head(), bank) for trained in heads]
-    for views, (first, last) in {0: (0, 10), 1: (1, 11)}.items():
-        found = modularities(heads, bank, np.arange(40), recipe(2, f"heads.views={views}"))
-        assert found == [modularity(each, neighbors[:, first:last]) for each in labels]
-    # Nothing but the nearest neighbour speaks for the second.
-    assert modularity(labels[1], neighbors[:, :1]) == 0.5
-    assert found[0] == 0.5
-    assert found[1] < 0.1
+    neighbors = exact_neighbors(bank.embedding, last)[0].numpy()
+    found = choose_by_neighbors(heads, bank, np.arange(40), recipe(2, f"heads.views={views}"))
+    # 40 / (4 * 2) = 5 neighbours at most, to learn from and to be judged by.
+    assert found.modularities == [modularity(each, neighbors[:, first:]) for each in labels]
+
+
+def test_what_heads_know_by_heart_does_not_count() -> None:
+    bank, heads = paired()
+    by_pair = clusters_of(heads[1].head(), bank)
+    assert modularity(by_pair, exact_neighbors(bank.embedding, 1)[0].numpy()) == 0.5
+    found = choose_by_neighbors(heads, bank, np.arange(40), recipe(2, "heads.views=1"))
+    assert found.chosen == 0
+    assert found.modularities[0] == 0.5
+    assert found.modularities[1] < 0.1
+    # The last is k-means, which stays where no other is better.
+    assert choose_by_neighbors(heads[::-1], bank, np.arange(40), recipe(2, "heads.views=1")).chosen == 1
+    assert choose_by_neighbors([heads[0], heads[0]], bank, np.arange(40), recipe(2)).chosen == 1
 
 
 def test_where_rows_are_few_the_last_neighbour_is_left_to_judge_by() -> None:
     bank, heads = paired()
-    found = modularities(heads, bank, np.arange(6), recipe(2))
-    neighbors = exact_neighbors(bank.embedding[:6], 5)[0].numpy()[:, 4:]
-    assert found == [modularity(clusters_of(trained.head(), bank)[:6], neighbors) for trained in heads]
+    found = choose_by_neighbors(heads, bank, np.arange(2), recipe(2))
+    assert found.modularities == [modularity(clusters_of(h.head(), bank)[:2], np.array([[1], [0]])) for h in heads]
