@@ -33,7 +33,7 @@ from machine import write_results
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from spice_ray.config import Pretrain, Scale
+from spice_ray.config import Scale
 from spice_ray.contracts import Batch, Health
 from spice_ray.core.augment import Augmentation
 from spice_ray.core.lanes import Lanes, ResidentLanes, Stream, serve, shuffle_window
@@ -44,6 +44,7 @@ from spice_ray.runtime.cluster import connected
 from spice_ray.runtime.data import Shards, load_rows, open_shards, stream_rows
 from spice_ray.runtime.ingest import ingest
 from spice_ray.runtime.tune import SilentReporter
+from spice_ray.settings import Pretrain
 from spice_ray.stages.pretrain import pretrain
 
 SIDE, BATCH, LANES = 32, 512, 8

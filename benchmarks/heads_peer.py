@@ -20,7 +20,7 @@ from tables import print_table
 from torch import Tensor
 from torch.nn import functional as F
 
-from spice_ray.config import Heads, ImageRecipe, Recipe, Scale
+from spice_ray.config import ImageRecipe, Recipe, Scale
 from spice_ray.core.augment import Augmentation
 from spice_ray.core.encoders import Encoder, build_encoder
 from spice_ray.readers.parts import images_of, read_part
@@ -29,6 +29,7 @@ from spice_ray.runtime.cluster import connected
 from spice_ray.runtime.data import open_shards
 from spice_ray.runtime.weights import load_encoder
 from spice_ray.runtime.workers import augmentation_of
+from spice_ray.settings import Heads
 from spice_ray.stages.embed import embed
 
 SIDE, WIDTH, CLUSTERS = 32, 512, 10

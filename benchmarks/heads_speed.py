@@ -16,8 +16,9 @@ from tables import print_table
 from torch import nn
 from torch.nn import functional as F
 
-from spice_ray.config import Heads, Scale
+from spice_ray.config import Scale
 from spice_ray.runtime.cluster import connected
+from spice_ray.settings import Heads
 
 CORES = len(os.sched_getaffinity(0))
 SCALE = Scale(head_actors=CORES)

@@ -42,8 +42,8 @@ from machine import surroundings, write_results
 from pretrain_sides import Peer, lightly, lightly_prepared, ours, ours_prepared, passes
 from turns import Side, take_turns
 
-from spice_ray.config import Pretrain
 from spice_ray.recipe import load_recipe
+from spice_ray.settings import Pretrain
 
 RECIPES = {"resnet18_small": "cifar10", "convnet": "cifar10_small"}
 ENDLESS = 1_000_000

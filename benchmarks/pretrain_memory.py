@@ -13,7 +13,7 @@ from generated import SIDE, Generated
 from pretrain_progress import PassedOn
 from torch import Tensor
 
-from spice_ray.config import Image, Pretrain, Scale
+from spice_ray.config import Scale
 from spice_ray.contracts import Progress
 from spice_ray.runtime.cluster import connected
 from spice_ray.runtime.data import Shards, check_lanes, open_shards
@@ -21,6 +21,7 @@ from spice_ray.runtime.ingest import ingest
 from spice_ray.runtime.train import fit
 from spice_ray.runtime.tune import SilentReporter
 from spice_ray.runtime.workers import Host, PretrainJob, run_pretrain
+from spice_ray.settings import Image, Pretrain
 
 IMAGE = Image(size=SIDE, mean=MEAN, std=STD)
 FEEDS = {"resident": Scale(checkpoint_seconds=3600), "streamed": Scale(checkpoint_seconds=3600, resident_memory=0)}

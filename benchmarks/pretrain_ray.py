@@ -19,7 +19,7 @@ from pretrain_progress import PassedOn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from spice_ray.config import Image, Pretrain, Scale
+from spice_ray.config import Scale
 from spice_ray.contracts import Progress
 from spice_ray.core import collectives
 from spice_ray.core.lanes import ResidentLanes, Rows, ServedLanes, Stream, serve, shuffle_window
@@ -31,6 +31,7 @@ from spice_ray.runtime.ingest import ingest
 from spice_ray.runtime.train import fit
 from spice_ray.runtime.tune import SilentReporter, TrialProgress
 from spice_ray.runtime.workers import Host, PretrainJob, augmentation_of, run_pretrain
+from spice_ray.settings import Image, Pretrain
 from spice_ray.stages.pretrain import pretrain
 
 WORKERS, SKIPPED = 2, 5

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from turns import Turn
 
-from spice_ray.config import Pretrain
 from spice_ray.contracts import Health, ShardFile
 from spice_ray.core.augment import Augmentation
 from spice_ray.core.encoders import build_encoder, set_lanes
 from spice_ray.core.lanes import Lanes, ResidentLanes, Rows, Stream, serve, shuffle_window
 from spice_ray.core.moco import ProjectedEncoder, momentum_copy
 from spice_ray.core.order import stream_key
+from spice_ray.settings import Pretrain
 from spice_ray.stages.pretrain import pretrain
 
 _SIDE, _FILES, _PHOTOS = 32, 16, 4096

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spice_ray.config import Heads
 from spice_ray.core.augment import Augmentation
 from spice_ray.core.encoders import Encoder
 from spice_ray.core.order import stream_key
+from spice_ray.settings import Heads
 
 CHUNK = 100
 

@@ -1,7 +1,8 @@
 """What a recipe asks of the number of images."""
 
-from spice_ray.config import ImageRecipe, Pretrain, Recipe, Reliable
+from spice_ray.config import ImageRecipe, Recipe
 from spice_ray.errors import ConfigError
+from spice_ray.settings import Pretrain, Reliable
 
 
 def num_neighbors(reliable: Reliable, num_images: int, num_clusters: int) -> int:

@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 import yaml
 from pydantic import ValidationError
 
-from spice_ray.config import ImageRecipe, Recipe, Settings, Sweep
+from spice_ray.config import ImageRecipe, Recipe, Sweep
 from spice_ray.errors import ConfigError
+from spice_ray.settings import Settings
 from spice_ray.shares import ESTIMATE, read_shares
 
 SWEPT_SECTIONS = ("reliable", "joint")

@@ -2,10 +2,11 @@ from typing import Any
 
 import pytest
 
-from spice_ray.config import Reliable
+from spice_ray.config import ImageRecipe
 from spice_ray.errors import ConfigError
 from spice_ray.image_counts import check_count, num_neighbors, num_views
 from spice_ray.recipe import check_recipe
+from spice_ray.settings import Reliable
 from tests.small_settings import changed, error_of, small_recipe
 
 
@@ -14,6 +15,23 @@ def test_a_minimal_recipe_takes_the_documented_defaults() -> None:
     assert (recipe.seed, recipe.protocol, recipe.heads.count, recipe.reliable.neighbors) == (0, "whole", 10, None)
     assert (recipe.heads.confident_fraction, recipe.heads.loss) == (0.5, "double_softmax")
     assert recipe.scale.workers == 1
+
+
+@pytest.mark.parametrize(
+    ("lanes", "accumulate", "counts"),
+    [((4, 4), 1, [1, 2, 4]), ((4, 4), 2, [1, 2]), ((4, 4), 4, [1]), ((4, 1), 1, [1]), ((6, 12), 1, [1, 2, 3, 6])],
+)
+def test_auto_workers_are_as_many_as_share_the_lanes_of_both_stages(
+    lanes: tuple[int, int], accumulate: int, counts: list[int]
+) -> None:
+    batches = {"pretrain__batch_size": 48, "pretrain__queue_size": 96, "joint__labelled_batch": 48}
+    settings = {"pretrain__lanes": lanes[0], "joint__lanes": lanes[1], **batches}
+    recipe = check_recipe(changed(**settings, scale__workers="auto", scale__accumulate=accumulate))
+    assert isinstance(recipe, ImageRecipe)
+    assert recipe.worker_counts == counts
+    fixed = check_recipe(changed(**settings))
+    assert isinstance(fixed, ImageRecipe)
+    assert fixed.worker_counts == [1]
 
 
 def test_embeddings_begin_with_k_means_and_images_may_not() -> None:
@@ -97,6 +115,9 @@ def test_the_last_value_of_a_range_is_accepted(setting: str, value: Any) -> None
         ({"joint__labelled_batch": 6}, "use joint.labelled_batch=4 or 8"),
         ({"scale__workers": 3}, "scale.workers=3 does not divide pretrain.lanes=4"),
         ({"scale__workers": 64}, "use scale.workers=4 or a divisor of it"),
+        ({"scale__workers": "all"}, "scale.workers=all cannot be used; give a whole number of at least 1, or auto"),
+        ({"scale__workers": True}, "scale.workers=True cannot be used; give a whole number of at least 1, or auto"),
+        ({"scale__workers": "auto", "scale__accumulate": 3}, "use scale.accumulate=4 or a divisor of it"),
         ({"joint__lanes": 1, "scale__workers": 2}, "scale.workers=2 does not divide joint.lanes=1"),
         ({"pretrain__batch_size": 4, "pretrain__queue_size": 4}, "leaves fewer than 2 rows"),
         ({"heads__round_size": 2}, "heads.round_size=2 is smaller than num_clusters=3"),

@@ -63,7 +63,7 @@ def test_tasks_that_read_start_without_torch(module):
 def test_a_recipe_is_checked_without_torch_and_ray():
     script = """
 import sys, spice_ray.cli
-from spice_ray.config import Reliable
+from spice_ray.settings import Reliable
 Reliable(min_consistency=0.5)
 try: Reliable(min_consistency=2)
 except ValueError: print('torch' in sys.modules, 'ray' in sys.modules)

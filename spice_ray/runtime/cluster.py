@@ -37,7 +37,7 @@ def check_local_cpus(scale: Scale) -> None:
 
 
 def _check_cpus(scale: Scale, available: int, where: str) -> None:
-    wanted = scale.workers * scale.cpus_per_worker
+    wanted = scale.least_workers * scale.cpus_per_worker
     if wanted > available:
         raise ResourceError(
             f"scale.workers={scale.workers} with scale.cpus_per_worker={scale.cpus_per_worker} need {wanted} CPUs and "
@@ -184,17 +184,25 @@ def room(cpus: int, gpus: float) -> int:
     return min(held, int(spare / cpus))
 
 
+def num_workers(scale: Scale) -> int:
+    """``scale.workers``, or as many as the nodes of the cluster hold now, and at least one."""
+    return scale.workers if scale.workers != "auto" else max(1, room(scale.cpus_per_worker, scale.gpus_per_worker))
+
+
 def _check_cluster(scale: Scale) -> None:
     import ray
 
     resources = ray.cluster_resources()
     _check_cpus(scale, int(resources.get("CPU", 0)) - 1, "the cluster, but for one that reads data,")
     gpus = resources.get("GPU", 0.0)
-    for name, wanted in (("gpus_per_worker", scale.workers * scale.gpus_per_worker), ("head_gpus", scale.head_gpus)):
+    for name, wanted in (
+        ("gpus_per_worker", scale.least_workers * scale.gpus_per_worker),
+        ("head_gpus", scale.head_gpus),
+    ):
         if wanted > gpus:
             raise ResourceError(f"scale.{name} asks for {wanted:g} GPUs in all and the cluster has {gpus:g}; lower it")
     held = room(scale.cpus_per_worker, scale.gpus_per_worker)
-    if scale.workers > held:
+    if scale.least_workers > held:
         raise ResourceError(
             f"scale.workers={scale.workers} do not fit on the nodes of the cluster, which hold {held} workers of "
             f"{scale.cpus_per_worker} CPUs and {scale.gpus_per_worker:g} GPUs; lower scale.workers or their size"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from spice_ray.config import Heads, ImageRecipe, Recipe, Scale
+from spice_ray.config import ImageRecipe, Recipe, Scale
 from spice_ray.contracts import HEADS, Bank
 from spice_ray.core.consensus import consensus, voting_heads
 from spice_ray.core.heads import ClusterHead
@@ -24,6 +24,7 @@ from spice_ray.runtime.head_progress import HeadProgress, state_file
 from spice_ray.runtime.memory import free_on_device
 from spice_ray.runtime.progress import ProgressWriter
 from spice_ray.runtime.weights import load_weights, save_weights
+from spice_ray.settings import Heads
 from spice_ray.stages.features import Features
 from spice_ray.stages.kmeans_start import Choice
 from spice_ray.stages.train_heads import TrainedHead, choose_head, train_heads

@@ -63,7 +63,7 @@ class ImagePipeline(Pipeline):
 
         def make(print_: str, progress: Path, show: Show) -> None:
             job = PretrainJob(recipe.pretrain, recipe.image, self.pretrain_shards, recipe.seed, self._root, print_)
-            watched(lambda: fit(run_pretrain, job, recipe.scale, self.run.checkpoints, progress), progress, show)
+            watched(lambda: fit(run_pretrain, job, recipe, self.run.checkpoints, progress), progress, show)
 
         return self._artifact(ENCODER, "stage 1: contrastive encoder", "steps", settings, [self.shards_artifact], make)
 
@@ -103,7 +103,7 @@ class ImagePipeline(Pipeline):
                 self.reporter.note(f"stage 3 is skipped: {skip}")
                 publish_skipped(job, skip)
                 return
-            watched(lambda: fit(run_joint, job, self.recipe.scale, self.run.checkpoints, progress), progress, show)
+            watched(lambda: fit(run_joint, job, self.recipe, self.run.checkpoints, progress), progress, show)
 
         return self._artifact(JOINT, "stage 3: joint training", "steps", self._joint_settings(), [reliable], make)
 

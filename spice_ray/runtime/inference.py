@@ -19,6 +19,7 @@ from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, Bank, ShardFile
 from spice_ray.core.unsupervised_loss import BLOCK_ROWS, unsupervised_loss
 from spice_ray.errors import TrainingError
 from spice_ray.readers.parts import images_of, read_column
+from spice_ray.runtime.cluster import num_workers
 from spice_ray.runtime.data import Shards
 from spice_ray.runtime.reading import read_parts
 from spice_ray.runtime.reliable import ReliableTable, read_reliable
@@ -120,7 +121,7 @@ def map_images(
         fn_constructor_args=(job,),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(scale.workers, len(files))),
+        compute=ray.data.ActorPoolStrategy(size=min(num_workers(scale), len(files))),
         num_cpus=scale.cpus_per_worker,
         num_gpus=scale.gpus_per_worker or None,
     )

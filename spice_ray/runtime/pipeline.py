@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from spice_ray.config import Recipe, Settings
+from spice_ray.config import Recipe
 from spice_ray.contracts import CLUSTER_COUNT, HEADS, LABELS, PRIOR, RELIABLE
 from spice_ray.core.unsupervised_loss import perfect_loss
 from spice_ray.errors import DamagedError, StorageError
@@ -32,6 +32,7 @@ from spice_ray.runtime.prior import SHARES, describe_prior, publish_prior
 from spice_ray.runtime.progress import Done, Reporter, watched
 from spice_ray.runtime.reading import find_damaged
 from spice_ray.runtime.reliable import check_clusters, publish_reliable
+from spice_ray.settings import Settings
 from spice_ray.shards import check_shards, splits_of
 from spice_ray.shares import ESTIMATE
 from spice_ray.stages.kmeans_start import best_start, choose_by_neighbors, fit_starts

@@ -11,10 +11,10 @@ import ray.train.torch
 import torch
 from torch import nn
 
-from spice_ray.config import Scale
+from spice_ray.config import ImageRecipe, Scale
 from spice_ray.core import collectives
 from spice_ray.errors import DamagedError, SpiceError, StorageError, TrainingError
-from spice_ray.runtime.cluster import find_spice_error
+from spice_ray.runtime.cluster import find_spice_error, num_workers
 from spice_ray.runtime.memory import image_budget
 from spice_ray.runtime.train_progress import ERROR_FILE, TrainProgress, leave_error
 from spice_ray.runtime.workers import Host, JointJob, PretrainJob
@@ -60,7 +60,11 @@ def _said(folder: Path) -> SpiceError | None:
 
 
 def fit(
-    run: Callable[[Any, Host], None], job: PretrainJob | JointJob, scale: Scale, checkpoints: Path, progress: Path
+    run: Callable[[Any, Host], None],
+    job: PretrainJob | JointJob,
+    recipe: ImageRecipe,
+    checkpoints: Path,
+    progress: Path,
 ) -> None:
     """Run a training stage on Ray Train until its artifact is published.
 
@@ -72,32 +76,56 @@ def fit(
         TrainingError: Another error that a user can meet, or it failed more often than ``scale.max_failures``.
     """
     name = f"{run.__name__}-{job.fingerprint}"
-    resources: dict[str, float] = {"CPU": scale.cpus_per_worker}
-    if scale.gpus_per_worker:
-        resources["GPU"] = scale.gpus_per_worker
-    trainer = ray.train.torch.TorchTrainer(
-        _work,
-        train_loop_config={"run": run, "job": job, "scale": scale, "progress": progress},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=scale.workers, use_gpu=scale.gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        torch_config=ray.train.torch.TorchConfig(backend=backend(scale)),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=str(checkpoints.resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-        ),
-    )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise _said(progress) or _user_error(error, name) from error
+    config = {"run": run, "job": job, "scale": recipe.scale, "progress": progress}
+    for failures_left in reversed(range(_num_rounds(recipe.scale))):
+        try:
+            _trainer(config, recipe, name, checkpoints).fit()
+            break
+        except ray.train.TrainingFailedError as error:
+            said = _said(progress)
+            if said is not None or failures_left == 0:
+                raise said or _user_error(error, name) from error
     said = _said(progress)
     # A checkpoint may have been refused when the last step was done, and then nobody needs it.
     if said is not None and open_artifact(job.root, job.kind, job.fingerprint) is None:
         raise said
     shutil.rmtree(checkpoints / name, ignore_errors=True)
+
+
+def _num_rounds(scale: Scale) -> int:
+    """How often the workers are counted: Ray Train starts a fixed number of them again by itself."""
+    return 1 + scale.max_failures if scale.workers == "auto" else 1
+
+
+def _trainer(config: dict[str, Any], recipe: ImageRecipe, name: str, checkpoints: Path) -> ray.train.torch.TorchTrainer:
+    """A trainer of as many workers as the cluster holds now, or as are asked for."""
+    scale = recipe.scale
+    resources: dict[str, float] = {"CPU": scale.cpus_per_worker}
+    if scale.gpus_per_worker:
+        resources["GPU"] = scale.gpus_per_worker
+    held = num_workers(scale)
+    workers = max(count for count in recipe.worker_counts if count <= held)
+    return ray.train.torch.TorchTrainer(
+        _work,
+        train_loop_config=config,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, use_gpu=scale.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        torch_config=ray.train.torch.TorchConfig(backend=backend(scale)),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(checkpoints.resolve()),
+            failure_config=_failures(scale),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+
+
+def _failures(scale: Scale) -> ray.train.FailureConfig:
+    """What Ray Train does about lost workers: it waits for as many as before, which a smaller cluster never has."""
+    if scale.workers == "auto":
+        return ray.train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)
+    return ray.train.FailureConfig(max_failures=scale.max_failures)
 
 
 def backend(scale: Scale) -> str:

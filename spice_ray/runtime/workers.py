@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from spice_ray.config import Image, Joint, Pretrain
 from spice_ray.contracts import ENCODER, JOINT, Progress, Wrap
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation
@@ -21,6 +20,7 @@ from spice_ray.runtime.data import Shards, open_lanes
 from spice_ray.runtime.memory import Budget
 from spice_ray.runtime.reliable import read_reliable
 from spice_ray.runtime.weights import load_encoder, load_head, save_weights
+from spice_ray.settings import Image, Joint, Pretrain
 from spice_ray.stages.pretrain import pretrain
 from spice_ray.stages.train_joint import train_joint
 from spice_ray.storage import Artifact, publish

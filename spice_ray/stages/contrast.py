@@ -10,13 +10,13 @@ from typing import Any, Generic, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from spice_ray.config import Pretrain
 from spice_ray.core import collectives
 from spice_ray.core.byol import PredictingEncoder, prediction_loss
 from spice_ray.core.encoders import build_encoder, set_lanes
 from spice_ray.core.moco import KeyQueue, Model, ProjectedEncoder, info_nce, momentum_copy, update_momentum
 from spice_ray.core.order import permutation, stream_key
 from spice_ray.core.simclr import nt_xent
+from spice_ray.settings import Pretrain
 from spice_ray.stages.accumulation import Parts
 
 

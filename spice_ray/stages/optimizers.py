@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from spice_ray.config import Optimizer
+from spice_ray.settings import Optimizer
 
 ADAM_EPS = 1e-6
 """Torch's 1e-8 lets AdamW step along gradients that are rounding noise, and one and two workers part by more than 1e-4

@@ -5,7 +5,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from spice_ray.config import Pretrain
 from spice_ray.contracts import Batch, Health, Progress, Wrap
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation
@@ -15,6 +14,7 @@ from spice_ray.core.lanes import Lanes
 from spice_ray.core.moco import cosine
 from spice_ray.core.order import stream_key
 from spice_ray.errors import TrainingError
+from spice_ray.settings import Pretrain
 from spice_ray.stages.accumulation import Parts, exchange
 from spice_ray.stages.contrast import CONTRASTS, Direction
 from spice_ray.stages.optimizers import build_optimizer, set_lr

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spice_ray.config import Reliable
 from spice_ray.core.neighbors import exact_neighbors
 from spice_ray.core.reliability import (
     cluster_weights,
@@ -15,6 +14,7 @@ from spice_ray.core.reliability import (
     reliable_samples,
     smallest_cluster_cut,
 )
+from spice_ray.settings import Reliable
 
 
 class ReliableSamples(NamedTuple):

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spice_ray.config import Heads
 from spice_ray.core.head_losses import cross_entropy_gradient, double_softmax_gradient, negative_entropy_gradient
 from spice_ray.core.heads import ClusterHead, HeadStack
 from spice_ray.core.order import permutation, stream_key
@@ -29,6 +28,7 @@ from spice_ray.core.prototypes import (
 )
 from spice_ray.core.unsupervised_loss import BLOCK_ROWS, new_table, unsupervised_loss
 from spice_ray.errors import TrainingError
+from spice_ray.settings import Heads
 from spice_ray.stages.features import Features
 
 TEMPERATURE = 0.2

@@ -6,13 +6,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from spice_ray.config import Joint
 from spice_ray.contracts import Batch, Progress, Wrap
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation
 from spice_ray.core.joint import JointModel, consistency_loss, seven_sixteenths_cosine, supervised_loss, update_ema
 from spice_ray.core.lanes import Lanes
 from spice_ray.core.order import stream_key
+from spice_ray.settings import Joint
 from spice_ray.stages.accumulation import Parts, exchange
 from spice_ray.stages.optimizers import build_optimizer, set_lr
 

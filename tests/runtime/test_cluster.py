@@ -6,7 +6,7 @@ import ray.data
 
 from spice_ray.config import Scale
 from spice_ray.errors import DataError, ResourceError, TrainingError
-from spice_ray.runtime.cluster import check_local_cpus, connected, room
+from spice_ray.runtime.cluster import check_local_cpus, connected, num_workers, room
 from spice_ray.runtime.reading import prepare_context
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -46,6 +46,18 @@ def test_one_cpu_is_left_for_the_tasks_that_read() -> None:
     assert room(cpus, 0) == 1
     assert room(cpus + 1, 0) == 0
     assert room(1, 1) == 0
+
+
+def test_auto_workers_are_all_that_the_cluster_holds() -> None:
+    cpus = os.cpu_count() or 1
+    assert num_workers(Scale(workers=1)) == 1
+    assert num_workers(Scale(workers="auto")) == cpus
+    assert num_workers(Scale(workers="auto", cpus_per_worker=cpus)) == 1
+    with (
+        pytest.raises(ResourceError, match=rf"scale.workers=auto with scale.cpus_per_worker={cpus + 1} need"),
+        connected(Scale(workers="auto", cpus_per_worker=cpus + 1), verbose=False),
+    ):
+        pytest.fail("connected let the workers through")
 
 
 def test_workers_that_never_fit_are_refused_at_once() -> None:

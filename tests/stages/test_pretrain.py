@@ -14,7 +14,6 @@ from torch.multiprocessing import start_processes
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from spice_ray.config import Pretrain
 from spice_ray.contracts import Health
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation
@@ -23,6 +22,7 @@ from spice_ray.core.lanes import ResidentLanes, Stream
 from spice_ray.core.moco import ProjectedEncoder, cosine
 from spice_ray.core.order import stream_key
 from spice_ray.errors import TrainingError
+from spice_ray.settings import Pretrain
 from spice_ray.stages.accumulation import Parts
 from spice_ray.stages.contrast import MoCo
 from spice_ray.stages.pretrain import _Trainer, pretrain

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spice_ray.config import Reliable
+from spice_ray.settings import Reliable
 from spice_ray.stages.select_reliable import ReliableSamples, select_reliable
 
 # Three far groups on the circle, a degree between members: two neighbours are always of the own group.

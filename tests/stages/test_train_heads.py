@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from spice_ray.config import Heads
 from spice_ray.contracts import Bank
 from spice_ray.core.heads import ClusterHead
 from spice_ray.errors import TrainingError
+from spice_ray.settings import Heads
 from spice_ray.stages.features import Features
 from spice_ray.stages.train_heads import TrainedHead, choose_head, evaluate_head, label_round, train_heads
 

@@ -14,7 +14,6 @@ from torch.multiprocessing import start_processes
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from spice_ray.config import Joint
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation
 from spice_ray.core.encoders import build_encoder
@@ -22,6 +21,7 @@ from spice_ray.core.heads import ClusterHead
 from spice_ray.core.joint import JointModel
 from spice_ray.core.lanes import ResidentLanes, Stream
 from spice_ray.core.order import stream_key, with_replacement
+from spice_ray.settings import Joint
 from spice_ray.stages.train_joint import train_joint
 from tests.small_lanes import resident
 
