@@ -3,6 +3,9 @@
 The answer is the same for any block, any split of the rows over workers, and on CPU and GPU: rows are rounded to
 multiples of 2^-26, so that in float64 every product and every partial sum of unit rows is exact (a multiple of 2^-52,
 below 2), and no order of summation can matter. Images with equal embeddings are therefore exactly equally similar.
+Rounded so, float32 rows still are float32: those of at least 1/4 are such multiples anyway.
+
+Of many rows on the CPU only candidates are compared exactly (neighbor_candidates.py); the answer is the same.
 
 Shapes: N rows, D embedding width, k neighbours, b rows of a query block, t rows of a bank tile.
 """
@@ -14,12 +17,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spice_ray.core.neighbor_candidates import QUERIES, CandidateBank, Candidates, Pairs, cheap_dtype
+from spice_ray.core.neighbor_keys import (
+    LOWEST_KEY,
+    keys_of,
+    merge_pairs,
+    merge_tile,
+    row_numbers_of,
+    similarities_of,
+)
+
 Rows = Tensor | NDArray[Any]
 
-_SCALE = float(1 << 26)
-_LOW_32_BITS = (1 << 32) - 1
-_LOWEST_KEY = -0x7F800001 << 32
-"""The key of similarity -inf, below that of any pair."""
+_ROUNDER = 1.5 * (1 << 26)
+"""What is added to it in float64 is rounded to a multiple of 2^-26."""
+_MANY_ROWS = 1 << 14
+"""From so many on candidates are the faster way."""
+_KEPT_BYTES = 256 << 20
+"""Rows on the grid that are kept; those of more are rounded whenever they are looked at."""
 
 
 def exact_neighbors(
@@ -28,10 +43,11 @@ def exact_neighbors(
     """The k nearest other rows of every row by cosine.
 
     Args:
-        embeddings: Unit rows, float, (N, D); may be a memory-mapped array.
+        embeddings: Unit rows, taken as float32, (N, D); may be a memory-mapped array.
         k: Neighbours per row, in 1..N-1.
         block: Rows of a query block and of the tiles that it meets one by one. Working memory is at most about
-            ``block`` * (100 * ``block`` + 40 * D + 40 * k) bytes whatever N is; there is never an N x N array.
+            ``block`` * (100 * ``block`` + 40 * D + 40 * k) bytes whatever N is; there is never an N x N array. For many
+            rows on the CPU it is at most about 700 MB instead, and the block is a fixed one.
         device: Where to compute; none: where the embeddings are. Rows come to it tile by tile, so put a tensor there
             beforehand if it fits.
 
@@ -66,13 +82,14 @@ def neighbors_of_rows(
     """
     _check_request(len(embeddings), start, stop, k, block)
     _check_finite(embeddings, block)
+    search = _Search(embeddings, k, block, device)
     indices = torch.empty((stop - start, k), dtype=torch.int64)
     similarities = torch.empty((stop - start, k), dtype=torch.float32)
-    for first in range(start, stop, block):
-        last = min(first + block, stop)
-        keys = _best_keys(embeddings, first, last, k, block, device)
+    for first in range(start, stop, search.step):
+        last = min(first + search.step, stop)
+        keys = search.best_keys(first, last)
         found = slice(first - start, last - start)
-        indices[found], similarities[found] = _row_numbers(keys), _similarities(keys)
+        indices[found], similarities[found] = row_numbers_of(keys), similarities_of(keys)
     return indices, similarities
 
 
@@ -87,68 +104,88 @@ def _check_request(num_rows: int, start: int, stop: int, k: int, block: int) -> 
 
 def _check_finite(embeddings: Rows, step: int) -> None:
     for first in range(0, len(embeddings), step):
-        finite = torch.isfinite(_slice(embeddings, first, first + step)).all(dim=1)
+        finite = torch.isfinite(_take(embeddings, slice(first, first + step))).all(dim=1)
         if not finite.all():
             row = first + int((~finite).nonzero()[0, 0])
             raise ValueError(f"row {row} of the embeddings is not finite; neighbours need finite unit rows")
 
 
-def _slice(embeddings: Rows, first: int, last: int) -> Tensor:
-    rows = embeddings[first:last]
+def _take(embeddings: Rows, chosen: slice | Tensor) -> Tensor:
+    if isinstance(embeddings, Tensor):
+        return embeddings[chosen]
     # The copy is for memory maps that cannot be written, which torch does not take.
-    return rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))
+    return torch.from_numpy(np.array(embeddings[chosen if isinstance(chosen, slice) else chosen.numpy()]))
 
 
-def _exact_rows(embeddings: Rows, first: int, last: int, device: torch.device | None) -> Tensor:
-    rows = _slice(embeddings, first, last).to(device=device)
-    return (rows.double() * _SCALE).round_().div_(_SCALE)
+class _Search:
+    """The nearest neighbours of a block of queries, in one of two ways with the same result."""
 
+    def __init__(self, embeddings: Rows, k: int, block: int, device: torch.device | None) -> None:
+        self._embeddings, self._k, self._block, self._device = embeddings, k, block, device
+        self._grid: Tensor | None = None
+        if self._is_large() and self._fits():
+            self._grid = self._rows(slice(None))
+        self._bank = CandidateBank(self._rows, len(embeddings), cheap_dtype()) if self._is_large() else None
 
-def _best_keys(embeddings: Rows, first: int, last: int, k: int, block: int, device: torch.device | None) -> Tensor:
-    """The k greatest keys of each row from ``first`` to ``last``, falling, (b, k)."""
-    queries = _exact_rows(embeddings, first, last, device)
-    best = torch.full((last - first, k), _LOWEST_KEY, dtype=torch.int64, device=queries.device)
-    own = torch.arange(first, last, device=queries.device)
-    for tile_first in range(0, len(embeddings), block):
-        bank = _exact_rows(embeddings, tile_first, tile_first + block, device)
+    @property
+    def step(self) -> int:
+        """Queries of a block."""
+        return self._block if self._bank is None else QUERIES
+
+    def best_keys(self, first: int, last: int) -> Tensor:
+        """The k greatest keys of each row from ``first`` to ``last``, falling, (b, k)."""
+        queries = self._rows(slice(first, last))
+        if self._bank is not None:
+            found = self._bank.candidates(queries, first, self._k)
+            if found is not None:
+                return self._best_of(found, self._bank, queries)
+        starts = range(0, len(queries), self._block)
+        return torch.cat([self._best_of_all(queries[start : start + self._block], first + start) for start in starts])
+
+    def _is_large(self) -> bool:
+        at_home = isinstance(self._embeddings, Tensor) and self._embeddings.device.type != "cpu"
+        on_cpu = not at_home if self._device is None else self._device.type == "cpu"
+        return on_cpu and len(self._embeddings) >= max(_MANY_ROWS, 64 * self._k)
+
+    def _best_of(self, found: Candidates, bank: CandidateBank, queries: Tensor) -> Tensor:
+        """The greatest keys of candidates."""
+        pairs, exact = found.pairs, queries.double()
+        none = torch.full((len(queries), self._k), LOWEST_KEY)
+        is_sure = pairs.cheap >= found.floor[pairs.queries, 0]
+        best = self._merge(none, pairs.where(is_sure), exact)
+        needed = bank.rounded(similarities_of(best[:, -1:]) - found.error)
+        return self._merge(best, pairs.where(~is_sure & (pairs.cheap >= needed[pairs.queries, 0])), exact)
+
+    def _merge(self, best: Tensor, pairs: Pairs, queries: Tensor) -> Tensor:
+        """With pairs that are compared exactly: few of each query, so that one query at a time is the fastest."""
+        counts = pairs.queries.bincount(minlength=len(queries)).tolist()
+        exact = [self._exact(rows) @ query for query, rows in zip(queries, pairs.rows.split(counts), strict=True)]
         # Adding zero gives -0.0 the bits of 0.0.
-        similarities = (queries @ bank.T).float().add_(0.0)
-        rows = torch.arange(tile_first, tile_first + len(bank), device=queries.device)
-        similarities[rows == own[:, None]] = -torch.inf
-        best = _merge(best, similarities, rows)
-    return best
+        return merge_pairs(best, pairs.queries, keys_of(torch.cat(exact).float().add_(0.0), pairs.rows))
 
+    def _best_of_all(self, queries: Tensor, first: int) -> Tensor:
+        best = torch.full((len(queries), self._k), LOWEST_KEY, device=queries.device)
+        own = torch.arange(first, first + len(queries), device=queries.device)
+        exact = queries.double()
+        for tile_first in range(0, len(self._embeddings), self._block):
+            bank = self._exact(slice(tile_first, tile_first + self._block))
+            similarities = (exact @ bank.T).float().add_(0.0)
+            rows = torch.arange(tile_first, tile_first + len(bank), device=queries.device)
+            similarities[rows == own[:, None]] = -torch.inf
+            best = merge_tile(best, similarities, rows)
+        return best
 
-def _merge(best: Tensor, similarities: Tensor, rows: Tensor) -> Tensor:
-    """The k greatest of the keys found so far, (b, k), and those of a tile with ``rows``, (b, t)."""
-    # Tiles come by rising row number, so a newcomer that only equals the k-th loses to it, and few have to be sorted.
-    enters = similarities > _similarities(best[:, -1:])
-    queries, columns = enters.nonzero(as_tuple=True)
-    num_new = enters.sum(dim=1)
-    place = torch.arange(len(queries), device=best.device) - (num_new.cumsum(0) - num_new)[queries]
-    width = best.shape[1] + int(num_new.max())
-    keys = torch.full((len(best), width), _LOWEST_KEY, dtype=torch.int64, device=best.device)
-    keys[:, : best.shape[1]] = best
-    keys[queries, best.shape[1] + place] = _keys(similarities[queries, columns], rows[columns])
-    return keys.topk(best.shape[1], dim=1).values
+    def _rows(self, chosen: slice | Tensor) -> Tensor:
+        """Rows on the grid, float32, (n, D)."""
+        return self._exact(chosen).float() if self._grid is None else self._grid[chosen]
 
+    def _exact(self, chosen: slice | Tensor) -> Tensor:
+        """The same in float64."""
+        if self._grid is not None:
+            # index_select copies whole rows, which an index by a tensor does not.
+            rows = self._grid[chosen] if isinstance(chosen, slice) else self._grid.index_select(0, chosen)
+            return rows.double()
+        return _take(self._embeddings, chosen).to(device=self._device).double().add_(_ROUNDER).sub_(_ROUNDER)
 
-def _keys(similarities: Tensor, rows: Tensor) -> Tensor:
-    """One int64 per pair that no two pairs of a query share, so that topk has no tie to break by chance.
-
-    The upper half orders as the similarity does; the lower half falls as the row number rises.
-    """
-    return (_flip_negative(similarities.view(torch.int32)).long() << 32) | (_LOW_32_BITS - rows)
-
-
-def _row_numbers(keys: Tensor) -> Tensor:
-    return _LOW_32_BITS - (keys & _LOW_32_BITS)
-
-
-def _similarities(keys: Tensor) -> Tensor:
-    return _flip_negative((keys >> 32).int()).view(torch.float32)
-
-
-def _flip_negative(bits: Tensor) -> Tensor:
-    # The bits of floats order as integers do, once those of the negative ones are flipped; its own inverse.
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    def _fits(self) -> bool:
+        return len(self._embeddings) * self._embeddings.shape[1] * 4 <= _KEPT_BYTES

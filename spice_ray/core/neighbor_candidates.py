@@ -1,0 +1,194 @@
+"""The few pairs of rows that can be neighbours, found with half the bits and a bound on what that can err.
+
+Let s be the similarity of a pair, s' the cheap one before it is rounded to the cheap type, and |s - s'| <= E for all
+pairs of a query. If at least k rows have s' >= f, the k-th greatest s is at least f - E, and a row with s' < f - 2 E
+cannot be among the k. What is left, hardly more than k rows, is compared exactly, those with s' >= f first: once their
+k-th greatest s is known to be g, a row with s' < g - E is out too. Rounding to the cheap type keeps the order, so the
+tests may be made on rounded values.
+
+A product in bfloat16 costs a fifth of one in float32 on a processor with matrix tiles; then choosing is what costs. It
+looks at the greatest similarity of each group of columns first, and at the columns of few groups.
+
+Shapes: N rows, D embedding width, k neighbours, b rows of a query block, t rows of a bank tile, P pairs.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+QUERIES = 1024
+"""b, at most."""
+_GROUP = 16
+"""Columns of a group, each a tile's sixteenth apart from the next."""
+_FOLD = 8
+"""Groups, at most, whose greatest stands for them where the floor is looked for."""
+_SPARE = 4
+"""Times k: so many of these there should be, else the k-th of them lies far below the k-th similarity."""
+_TILE = 1 << 15
+_MOST_PAIRS = 16
+"""Times k + 16: of a query on average. Where more are left, rows are too much alike for candidates to pay."""
+_KEPT_BYTES = 256 << 20
+"""Cheap rows that are kept; of more, each block of queries rounds them anew."""
+
+TakeRows = Callable[[slice | Tensor], Tensor]
+"""Rows by number, float32, (n, D)."""
+
+
+class Pairs(NamedTuple):
+    """Candidates of a query block, by rising query."""
+
+    queries: Tensor
+    """Position in the query block, int64, (P,)."""
+    rows: Tensor
+    """Row numbers, int64, (P,)."""
+    cheap: Tensor
+    """Rounded cheap similarities, float32, (P,)."""
+
+    def where(self, mask: Tensor) -> "Pairs":
+        """Those of a mask, bool, (P,)."""
+        return self.at(mask.nonzero()[:, 0])
+
+    def at(self, positions: Tensor) -> "Pairs":
+        """Those at positions, int64."""
+        return Pairs(*(values.index_select(0, positions) for values in self))
+
+
+class Candidates(NamedTuple):
+    """All pairs of a query block that can be among the nearest."""
+
+    pairs: Pairs
+    floor: Tensor
+    """f: what the cheap similarities of at least k rows of a query reach, float32, (b, 1)."""
+    error: Tensor
+    """E, float32, (b, 1)."""
+
+
+def cheap_dtype() -> torch.dtype:
+    """The type in which products are cheap on this processor."""
+    has_tiles = torch.backends.mkldnn.is_available() and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.bfloat16 if has_tiles else torch.float32
+
+
+class CandidateBank:
+    """All rows, rounded to a cheap type, and what that can err."""
+
+    def __init__(self, take: TakeRows, num_rows: int, dtype: torch.dtype) -> None:
+        """Look at all rows once, on the CPU.
+
+        Args:
+            take: Gives the exact rows.
+            num_rows: N.
+            dtype: bfloat16 or float32.
+        """
+        self._take, self._num_rows, self._dtype = take, num_rows, dtype
+        self._tile = _tile_of(num_rows)
+        self._space = torch.empty(QUERIES, self._tile, dtype=dtype)
+        self._kept: list[Tensor] = []
+        self._norm = self._loss = 0.0
+        for first in range(0, num_rows, self._tile):
+            rows = take(slice(first, first + self._tile))
+            self._norm = max(self._norm, float(torch.linalg.vector_norm(rows, dim=1).max()))
+            self._loss = max(self._loss, float(torch.linalg.vector_norm(rows - self.rounded(rows), dim=1).max()))
+            if num_rows * rows.shape[1] * dtype.itemsize <= _KEPT_BYTES:
+                self._kept.append(self._cheap_tile(rows))
+
+    def candidates(self, queries: Tensor, first: int, k: int) -> Candidates | None:
+        """All rows that can be among the k nearest of each query, itself left out.
+
+        Args:
+            queries: Exact rows, float32, (b, D).
+            first: The row number of the first of them; the others follow.
+            k: Where it is above N / 64, there may well be no answer.
+
+        Returns:
+            None where there would be too many of them.
+        """
+        cheap, error = queries.to(self._dtype), self.error_of(queries)
+        best = torch.full((len(queries), k), -torch.inf)
+        found, room = list[Pairs](), _MOST_PAIRS * (k + 16) * len(queries)
+        for start in range(0, self._num_rows, self._tile):
+            similarities = self._similarities(cheap, first, start)
+            groups = similarities.view(len(queries), _GROUP, -1).amax(dim=1).float()
+            best = torch.cat((best, _folded(groups, k)), dim=1).topk(k, dim=1).values
+            chosen = _above(similarities, groups, self._threshold(best, error), start, room)
+            if chosen is None:
+                return None
+            room -= len(chosen.rows)
+            found.append(chosen)
+        return Candidates(_left(found, self._threshold(best, error)), best[:, -1:], error)
+
+    def rounded(self, similarities: Tensor) -> Tensor:
+        """As the cheap type has them, float32."""
+        return similarities.to(self._dtype).float()
+
+    def error_of(self, queries: Tensor) -> Tensor:
+        """E of each query, float32, (b, 1).
+
+        By Cauchy and Schwarz, from what rounding took from each row; what D sums of products lose in float32 comes to
+        it, and that exact similarities are compared as float32.
+        """
+        norms = torch.linalg.vector_norm(queries, dim=1, keepdim=True)
+        losses = torch.linalg.vector_norm(queries - queries.to(self._dtype).float(), dim=1, keepdim=True)
+        of_rows = losses * (self._norm + self._loss) + norms * self._loss
+        of_sums = (norms + losses) * (self._norm + self._loss) * (queries.shape[1] + 4) * 2.0**-23
+        error: Tensor = 1.01 * (of_rows + of_sums)
+        return error
+
+    def _threshold(self, best: Tensor, error: Tensor) -> Tensor:
+        """Below which no rounded similarity belongs to one of the k nearest, float32, (b, 1)."""
+        floor = best[:, -1:]
+        # A rounded similarity of f was at least f less half the gap to the next one.
+        unrounded = floor - floor.abs() * (torch.finfo(self._dtype).eps / 2)
+        return self.rounded(unrounded - 2 * error).clamp_min_(torch.finfo(torch.float32).min)
+
+    def _similarities(self, queries: Tensor, first: int, start: int) -> Tensor:
+        """Those to a tile, in the cheap type, (b, t); -inf for the query itself, and where the tile has no row."""
+        number = start // self._tile
+        tile = self._kept[number] if self._kept else self._cheap_tile(self._take(slice(start, start + self._tile)))
+        similarities = torch.mm(queries, tile.T, out=self._space[: len(queries)])
+        similarities[:, self._num_rows - start :] = -torch.inf
+        own = torch.arange(first, first + len(queries))
+        own = own[(own >= start) & (own < start + self._tile)]
+        similarities[own - first, own - start] = -torch.inf
+        return similarities
+
+    def _cheap_tile(self, rows: Tensor) -> Tensor:
+        """In the cheap type, with zeros where the last tile has no row, (t, D)."""
+        return F.pad(rows.to(self._dtype), (0, 0, 0, self._tile - len(rows)))
+
+
+def _tile_of(num_rows: int) -> int:
+    """t: whole groups, and tiles of about the same size."""
+    unit = _GROUP * _FOLD
+    return -(-num_rows // (-(-num_rows // _TILE) * unit)) * unit
+
+
+def _folded(groups: Tensor, k: int) -> Tensor:
+    """The greatest of every few groups, so that fewer have to be sorted."""
+    fold = next(fold for fold in (_FOLD, 4, 2, 1) if fold == 1 or groups.shape[1] // fold >= _SPARE * k)
+    return groups.view(len(groups), fold, -1).amax(dim=1)
+
+
+def _above(similarities: Tensor, groups: Tensor, threshold: Tensor, start: int, room: int) -> Pairs | None:
+    """The pairs of a tile that reach the threshold; None where they are too many."""
+    queries, group = (groups >= threshold).nonzero(as_tuple=True)
+    if len(queries) > room:
+        return None
+    members = similarities.view(*groups.shape[:1], _GROUP, -1)[queries, :, group].float()
+    pair, place = (members >= threshold[queries]).nonzero(as_tuple=True)
+    if len(pair) > room:
+        return None
+    rows = start + place * groups.shape[1] + group[pair]
+    return Pairs(queries[pair], rows, members[pair, place])
+
+
+def _left(found: list[Pairs], threshold: Tensor) -> Pairs:
+    """Of all tiles' pairs those that reach the last threshold, by rising query."""
+    if len(found) == 1:
+        return found[0]
+    pairs = Pairs(*(torch.cat(values) for values in zip(*found, strict=True)))
+    pairs = pairs.where(pairs.cheap >= threshold[pairs.queries, 0])
+    return pairs.at(pairs.queries.argsort(stable=True))
