@@ -1,5 +1,6 @@
 """The paper's three stages on images, as a straight line of artifacts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from spice_ray.runtime.pipeline import Pipeline, Show, settings_of
 from spice_ray.runtime.progress import Done, watched
 from spice_ray.runtime.reliable import why_skip
 from spice_ray.runtime.train import fit
-from spice_ray.runtime.workers import JointJob, PretrainJob, publish_skipped, run_joint, run_pretrain
+from spice_ray.runtime.workers import Host, JointJob, PretrainJob, publish_skipped, run_joint, run_pretrain
 from spice_ray.shards import splits_of
 from spice_ray.storage import Artifact, fingerprint
 
@@ -63,7 +64,7 @@ class ImagePipeline(Pipeline):
 
         def make(print_: str, progress: Path, show: Show) -> None:
             job = PretrainJob(recipe.pretrain, recipe.image, self.pretrain_shards, recipe.seed, self._root, print_)
-            watched(lambda: fit(run_pretrain, job, recipe, self.run.checkpoints, progress), progress, show)
+            watched(lambda: self._fit(run_pretrain, job, progress), progress, show)
 
         return self._artifact(ENCODER, "stage 1: contrastive encoder", "steps", settings, [self.shards_artifact], make)
 
@@ -103,9 +104,12 @@ class ImagePipeline(Pipeline):
                 self.reporter.note(f"stage 3 is skipped: {skip}")
                 publish_skipped(job, skip)
                 return
-            watched(lambda: fit(run_joint, job, self.recipe, self.run.checkpoints, progress), progress, show)
+            watched(lambda: self._fit(run_joint, job, progress), progress, show)
 
         return self._artifact(JOINT, "stage 3: joint training", "steps", self._joint_settings(), [reliable], make)
+
+    def _fit(self, run: Callable[[Any, Host], None], job: PretrainJob | JointJob, progress: Path) -> None:
+        fit(run, job, self.recipe.scale, self.recipe.worker_counts, self.run.checkpoints, progress)
 
     def make_shared(self) -> Self:
         """Stages 1 and 2, once, before the trials of a sweep would each make them; gives the run with its K."""

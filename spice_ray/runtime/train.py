@@ -11,7 +11,7 @@ import ray.train.torch
 import torch
 from torch import nn
 
-from spice_ray.config import ImageRecipe, Scale
+from spice_ray.config import Scale
 from spice_ray.core import collectives
 from spice_ray.errors import DamagedError, SpiceError, StorageError, TrainingError
 from spice_ray.runtime.cluster import find_spice_error, num_workers
@@ -62,7 +62,8 @@ def _said(folder: Path) -> SpiceError | None:
 def fit(
     run: Callable[[Any, Host], None],
     job: PretrainJob | JointJob,
-    recipe: ImageRecipe,
+    scale: Scale,
+    counts: list[int],
     checkpoints: Path,
     progress: Path,
 ) -> None:
@@ -71,15 +72,23 @@ def fit(
     The trainer's name carries the fingerprint, so that the same stage goes on from its last checkpoint and no other
     stage does.
 
+    Args:
+        run: The stage on one worker.
+        job: What it is given.
+        scale: How the work is spread.
+        counts: How many workers there may be, ascending; the most that the cluster holds are started.
+        checkpoints: Folder of Ray Train's.
+        progress: Folder that the first worker writes its progress to.
+
     Raises:
         DamagedError: A shard file is damaged.
         TrainingError: Another error that a user can meet, or it failed more often than ``scale.max_failures``.
     """
     name = f"{run.__name__}-{job.fingerprint}"
-    config = {"run": run, "job": job, "scale": recipe.scale, "progress": progress}
-    for failures_left in reversed(range(_num_rounds(recipe.scale))):
+    config = {"run": run, "job": job, "scale": scale, "progress": progress}
+    for failures_left in reversed(range(_num_rounds(scale))):
         try:
-            _trainer(config, recipe, name, checkpoints).fit()
+            _trainer(config, counts, name, checkpoints).fit()
             break
         except ray.train.TrainingFailedError as error:
             said = _said(progress)
@@ -97,14 +106,14 @@ def _num_rounds(scale: Scale) -> int:
     return 1 + scale.max_failures if scale.workers == "auto" else 1
 
 
-def _trainer(config: dict[str, Any], recipe: ImageRecipe, name: str, checkpoints: Path) -> ray.train.torch.TorchTrainer:
+def _trainer(config: dict[str, Any], counts: list[int], name: str, checkpoints: Path) -> ray.train.torch.TorchTrainer:
     """A trainer of as many workers as the cluster holds now, or as are asked for."""
-    scale = recipe.scale
+    scale: Scale = config["scale"]
     resources: dict[str, float] = {"CPU": scale.cpus_per_worker}
     if scale.gpus_per_worker:
         resources["GPU"] = scale.gpus_per_worker
     held = num_workers(scale)
-    workers = max(count for count in recipe.worker_counts if count <= held)
+    workers = max(count for count in counts if count <= held)
     return ray.train.torch.TorchTrainer(
         _work,
         train_loop_config=config,
