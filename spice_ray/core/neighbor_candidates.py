@@ -28,8 +28,11 @@ _FOLD = 8
 _SPARE = 4
 """Times k: so many of these there should be, else the k-th of them lies far below the k-th similarity."""
 _TILE = 1 << 15
-_MOST_PAIRS = 16
-"""Times k + 16: of a query on average. Where more are left, rows are too much alike for candidates to pay."""
+_MOST_PAIRS = 2048
+"""Of a query on average, which bounds the memory; and where more than sixteen times k + 16 are left, rows are too much
+alike for candidates to pay."""
+MOST_NEIGHBORS = _MOST_PAIRS // 2
+"""k, at most."""
 _KEPT_BYTES = 256 << 20
 """Cheap rows that are kept; of more, each block of queries rounds them anew."""
 
@@ -101,14 +104,14 @@ class CandidateBank:
         Args:
             queries: Exact rows, float32, (b, D).
             first: The row number of the first of them; the others follow.
-            k: Where it is above N / 64, there may well be no answer.
+            k: At most ``MOST_NEIGHBORS``; where it is above N / 64, there may well be no answer.
 
         Returns:
             None where there would be too many of them.
         """
         cheap, error = queries.to(self._dtype), self.error_of(queries)
         best = torch.full((len(queries), k), -torch.inf)
-        found, room = list[Pairs](), _MOST_PAIRS * (k + 16) * len(queries)
+        found, room = list[Pairs](), min(_MOST_PAIRS, 16 * (k + 16)) * len(queries)
         for start in range(0, self._num_rows, self._tile):
             similarities = self._similarities(cheap, first, start)
             groups = similarities.view(len(queries), _GROUP, -1).amax(dim=1).float()

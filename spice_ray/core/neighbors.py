@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spice_ray.core.neighbor_candidates import QUERIES, CandidateBank, Candidates, Pairs, cheap_dtype
+from spice_ray.core.neighbor_candidates import MOST_NEIGHBORS, QUERIES, CandidateBank, Candidates, Pairs, cheap_dtype
 from spice_ray.core.neighbor_keys import (
     LOWEST_KEY,
     keys_of,
@@ -145,7 +145,7 @@ class _Search:
     def _is_large(self) -> bool:
         at_home = isinstance(self._embeddings, Tensor) and self._embeddings.device.type != "cpu"
         on_cpu = not at_home if self._device is None else self._device.type == "cpu"
-        return on_cpu and len(self._embeddings) >= max(_MANY_ROWS, 64 * self._k)
+        return on_cpu and len(self._embeddings) >= max(_MANY_ROWS, 64 * self._k) and self._k <= MOST_NEIGHBORS
 
     def _best_of(self, found: Candidates, bank: CandidateBank, queries: Tensor) -> Tensor:
         """The greatest keys of candidates."""
