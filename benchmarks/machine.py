@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "torchvision", "ray", "pyarrow", "numpy", "pillow", "kornia", "kornia-rs", "lightly")
+_PACKAGES = ("torch", "torchvision", "ray", "pyarrow", "numpy", "pillow", "kornia", "kornia-rs", "lightly", "faiss-cpu")
 
 
 def surroundings() -> dict[str, Any]:

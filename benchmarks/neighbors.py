@@ -1,0 +1,133 @@
+"""Exact nearest neighbours beside faiss's flat index, each on one thread.
+
+    PYTHONPATH=build/peers .venv/bin/python benchmarks/neighbors.py --out benchmarks/results/neighbors.json
+
+Rows are unit vectors in ten broad clusters. Both look for the neighbours of the same query rows among all rows, in
+turn; seconds include what each prepares of the rows. The peer's lists are compared with ours, and ours with a product
+of all pairs in float64 where ``--checked`` queries are concerned: lists may differ only where two similarities lie
+within 1e-6.
+"""
+
+import argparse
+import resource
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from machine import surroundings, write_results
+from tables import print_table
+from torch import Tensor
+from torch.nn import functional as F
+
+from spice_ray.core.neighbors import neighbors_of_rows
+
+CLUSTERS = 10
+NEAR_TIE = 1e-6
+
+
+def make_rows(num_rows: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(CLUSTERS, width, generator=generator)
+    chosen = torch.randint(CLUSTERS, (num_rows,), generator=generator)
+    return F.normalize(centres[chosen] + torch.randn(num_rows, width, generator=generator))
+
+
+def timed(work: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    found = work()
+    return found, time.perf_counter() - start
+
+
+def by_faiss(rows: Tensor, queries: int, k: int) -> Tensor:
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    index = faiss.IndexFlatIP(rows.shape[1])
+    index.add(rows.numpy())
+    # One more, as it finds the query itself.
+    return torch.from_numpy(index.search(rows[:queries].numpy(), k + 1)[1])
+
+
+def unlike(rows: Tensor, found: Tensor, expected: Tensor) -> int:
+    """Queries whose lists differ otherwise than by a near tie with the last of them."""
+    count = 0
+    for query, (ours, theirs) in enumerate(zip(found.tolist(), expected.tolist(), strict=True)):
+        others = torch.tensor(sorted(set(ours) ^ set(theirs)), dtype=torch.int64)
+        if len(others):
+            similarities = rows[others].double() @ rows[query].double()
+            count += int(similarities.max() - similarities.min() > NEAR_TIE)
+    return count
+
+
+def by_float64(rows: Tensor, queries: int, k: int) -> Tensor:
+    similarities = rows[:queries].double() @ rows.double().T
+    similarities.fill_diagonal_(-torch.inf)
+    return similarities.topk(k, dim=1).indices
+
+
+def without_own(found: Tensor) -> Tensor:
+    """The k others of the k + 1 nearest."""
+    own = torch.arange(len(found))[:, None]
+    is_own = found == own
+    is_own[:, -1] |= ~is_own.any(dim=1)
+    return found[~is_own].view(len(found), -1)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    rows, k, queries = make_rows(options.rows, options.width), options.neighbors, min(options.queries, options.rows)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds: dict[str, list[float]] = {"spice_ray": [], "faiss": []}
+    for number in range(options.rounds + 1):
+        (ours, _), own = timed(lambda: neighbors_of_rows(rows, 0, queries, k))
+        if number == 0:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        theirs, peer = timed(lambda: by_faiss(rows, queries, k))
+        if number:  # the first round warms up
+            seconds["spice_ray"].append(own)
+            seconds["faiss"].append(peer)
+    checked = min(options.checked, queries)
+    return {
+        "rows": options.rows,
+        "width": options.width,
+        "neighbors": k,
+        "queries": queries,
+        "seconds": seconds,
+        "ratio": median(np.divide(seconds["faiss"], seconds["spice_ray"]).tolist()),
+        "memory_mb": memory / 1024,
+        "unlike_faiss": unlike(rows, ours, without_own(theirs)),
+        "unlike_float64": unlike(rows, ours[:checked], by_float64(rows, checked, k)),
+        "checked": checked,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=60_000)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--neighbors", type=int, default=100)
+    parser.add_argument("--queries", type=int, default=60_000, help="rows whose neighbours are looked for")
+    parser.add_argument("--checked", type=int, default=2_000, help="queries compared with float64")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(surroundings())
+    found = measure(options)
+    print_table(
+        f"{found['queries']:,} queries of {found['rows']:,} x {found['width']}, k = {found['neighbors']}",
+        ["", "seconds"],
+        [[name, " ".join(f"{one:.1f}" for one in times)] for name, times in found["seconds"].items()],
+    )
+    print(
+        f"faiss / spice_ray {found['ratio']:.2f} (asked: 2.5); memory {found['memory_mb']:,.0f} MB (asked: 1,000); "
+        f"lists unlike faiss's {found['unlike_faiss']}, "
+        f"unlike float64's {found['unlike_float64']} of {found['checked']}"
+    )
+    write_results(found, options.out)
+
+
+if __name__ == "__main__":
+    main()
