@@ -75,7 +75,7 @@ def train(settings: Pretrain, shards: Shards, feed: str, root: Path) -> dict[str
     progress = root / f"progress-{job.fingerprint}"
     progress.mkdir()
     with connected(FEEDS[feed], verbose=False):
-        fit(watched_pretrain, job, FEEDS[feed], [1], root / "checkpoints", progress)
+        fit(watched_pretrain, job, FEEDS[feed], [1], root / "checkpoints", progress, print)
     peaks: dict[str, int] = json.loads(peak_file(job).read_text())
     return peaks
 

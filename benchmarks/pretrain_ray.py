@@ -76,7 +76,7 @@ def by_ray(job: PretrainJob) -> None:
     progress = job.root / f"progress-{job.fingerprint}"
     progress.mkdir()
     with connected(SCALE, verbose=False):
-        fit(noted_pretrain, job, SCALE, [WORKERS], job.root / "checkpoints", progress)
+        fit(noted_pretrain, job, SCALE, [WORKERS], job.root / "checkpoints", progress, print)
 
 
 # Hosted by torch

@@ -29,8 +29,8 @@ class Scale(Settings):
     """How the work is spread; no result depends on it beyond the order of summation."""
 
     workers: PositiveInt | Literal["auto"] = 1
-    """Training workers, and actors that embed and assign; auto: as many as the cluster holds, counted again when one of
-    them is lost."""
+    """Training workers, and actors that embed and assign. auto: as many as the cluster holds and the lanes can be
+    shared among; when training loses one, those that are left go on, each of which then computes more of a batch."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     cpus_per_worker: PositiveInt = 1
     accumulate: PositiveInt = 1
@@ -52,9 +52,10 @@ class Scale(Settings):
     @field_validator("workers", mode="before")
     @classmethod
     def _check_workers(cls, value: Any) -> Any:
-        if value == "auto" or (type(value) is int and value > 0):
-            return value
-        raise ValueError(f"scale.workers={value} cannot be used; give a whole number of at least 1, or auto")
+        is_name = isinstance(value, str) and value != "auto" and not value.isdecimal()
+        if is_name or (isinstance(value, int) and not isinstance(value, bool) and value < 1):
+            raise ValueError(f"scale.workers={value} cannot be used; give a whole number of at least 1, or auto")
+        return value
 
     @property
     def least_workers(self) -> int:

@@ -28,9 +28,9 @@ class Consensus(NamedTuple):
 def voting_heads(losses: Sequence[float], chosen: int, num_clusters: int) -> list[int]:
     """The heads that may vote: the chosen one and those with nearly its loss, which merge no more classes than it does.
 
-    Merging two more classes adds 1 / K to the unsupervised loss (see ``merged`` in ``config.py``); a head may be worse
-    than the chosen one by less than half of that. It is the difference that counts, because samples that are hard to
-    tell apart raise the loss of every head. A head that mixes parts of classes may pass.
+    Merging two more classes adds 1 / K to the unsupervised loss (see ``heads.more`` in ``settings.py``); a head may be
+    worse than the chosen one by less than half of that. It is the difference that counts, because samples that are hard
+    to tell apart raise the loss of every head. A head that mixes parts of classes may pass.
 
     Args:
         losses: The unsupervised loss of each head, (H,); of one that is no number the head does not vote.

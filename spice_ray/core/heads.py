@@ -46,7 +46,7 @@ class HeadStack(nn.Module):
         hidden = (rows @ weight1.mT).add_(bias1).relu_()
         logits = (hidden @ weight2.mT).add_(bias2)
         of_logits = gradient_of(logits.view(len(pooled), -1, weight2.shape[-2])).view_as(logits)
-        # The sign is the derivative of the rectified; masked_fill_ would cost a dozen times as much.
+        # The sign is the derivative of the rectified, and gradients are finite; masked_fill_ is not vectorised.
         of_hidden = (of_logits @ weight2).mul_(hidden.sign())
         found = of_hidden.mT @ rows, of_hidden.sum(dim=-2), of_logits.mT @ hidden, of_logits.sum(dim=-2)
         for weight, gradient in zip(self.parameters(), found, strict=True):

@@ -28,7 +28,8 @@ _FOLD = 8
 _SPARE = 4
 """Times k: so many of these there should be, else the k-th of them lies far below the k-th similarity."""
 _TILE = 1 << 15
-_MOST_PAIRS = 2048
+"""t, at most: of wide rows fewer, so that a tile has no more values than this many of 512."""
+_MOST_PAIRS = 1024
 """Of a query on average, which bounds the memory; and where more than sixteen times k + 16 are left, rows are too much
 alike for candidates to pay."""
 MOST_NEIGHBORS = _MOST_PAIRS // 2
@@ -69,10 +70,11 @@ class Candidates(NamedTuple):
     """E, float32, (b, 1)."""
 
 
-def cheap_dtype() -> torch.dtype:
-    """The type in which products are cheap on this processor."""
-    has_tiles = torch.backends.mkldnn.is_available() and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.bfloat16 if has_tiles else torch.float32
+def cheap_dtype() -> torch.dtype | None:
+    """The type in which products are cheap on this processor; None where those in float32 are not what they say."""
+    if torch.backends.mkldnn.is_available() and torch.cpu.get_capabilities().get("amx_bf16", False):
+        return torch.bfloat16
+    return torch.float32 if torch.get_float32_matmul_precision() == "highest" else None
 
 
 class CandidateBank:
@@ -87,7 +89,7 @@ class CandidateBank:
             dtype: bfloat16 or float32.
         """
         self._take, self._num_rows, self._dtype = take, num_rows, dtype
-        self._tile = _tile_of(num_rows)
+        self._tile = _tile_of(num_rows, take(slice(0, 1)).shape[1])
         self._space = torch.empty(QUERIES, self._tile, dtype=dtype)
         self._kept: list[Tensor] = []
         self._norm = self._loss = 0.0
@@ -163,10 +165,10 @@ class CandidateBank:
         return F.pad(rows.to(self._dtype), (0, 0, 0, self._tile - len(rows)))
 
 
-def _tile_of(num_rows: int) -> int:
+def _tile_of(num_rows: int, width: int) -> int:
     """t: whole groups, and tiles of about the same size."""
-    unit = _GROUP * _FOLD
-    return -(-num_rows // (-(-num_rows // _TILE) * unit)) * unit
+    unit, most = _GROUP * _FOLD, min(_TILE, _TILE * 512 // width)
+    return max(1, -(-num_rows // (-(-num_rows // most) * unit))) * unit
 
 
 def _folded(groups: Tensor, k: int) -> Tensor:

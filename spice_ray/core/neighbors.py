@@ -47,7 +47,7 @@ def exact_neighbors(
         k: Neighbours per row, in 1..N-1.
         block: Rows of a query block and of the tiles that it meets one by one. Working memory is at most about
             ``block`` * (100 * ``block`` + 40 * D + 40 * k) bytes whatever N is; there is never an N x N array. For many
-            rows on the CPU it is at most about 700 MB instead, and the block is a fixed one.
+            rows on the CPU it is at most about 1 GB instead, and the block is a fixed one.
         device: Where to compute; none: where the embeddings are. Rows come to it tile by tile, so put a tensor there
             beforehand if it fits.
 
@@ -112,7 +112,7 @@ def _check_finite(embeddings: Rows, step: int) -> None:
 
 def _take(embeddings: Rows, chosen: slice | Tensor) -> Tensor:
     if isinstance(embeddings, Tensor):
-        return embeddings[chosen]
+        return embeddings.detach()[chosen]
     # The copy is for memory maps that cannot be written, which torch does not take.
     return torch.from_numpy(np.array(embeddings[chosen if isinstance(chosen, slice) else chosen.numpy()]))
 
@@ -123,9 +123,11 @@ class _Search:
     def __init__(self, embeddings: Rows, k: int, block: int, device: torch.device | None) -> None:
         self._embeddings, self._k, self._block, self._device = embeddings, k, block, device
         self._grid: Tensor | None = None
-        if self._is_large() and self._fits():
-            self._grid = self._rows(slice(None))
-        self._bank = CandidateBank(self._rows, len(embeddings), cheap_dtype()) if self._is_large() else None
+        self._bank: CandidateBank | None = None
+        cheap = cheap_dtype() if self._may_use_candidates() else None
+        if cheap is not None:
+            self._grid = self._kept_grid()
+            self._bank = CandidateBank(self._rows, len(embeddings), cheap)
 
     @property
     def step(self) -> int:
@@ -142,7 +144,7 @@ class _Search:
         starts = range(0, len(queries), self._block)
         return torch.cat([self._best_of_all(queries[start : start + self._block], first + start) for start in starts])
 
-    def _is_large(self) -> bool:
+    def _may_use_candidates(self) -> bool:
         at_home = isinstance(self._embeddings, Tensor) and self._embeddings.device.type != "cpu"
         on_cpu = not at_home if self._device is None else self._device.type == "cpu"
         return on_cpu and len(self._embeddings) >= max(_MANY_ROWS, 64 * self._k) and self._k <= MOST_NEIGHBORS
@@ -185,7 +187,15 @@ class _Search:
             # index_select copies whole rows, which an index by a tensor does not.
             rows = self._grid[chosen] if isinstance(chosen, slice) else self._grid.index_select(0, chosen)
             return rows.double()
-        return _take(self._embeddings, chosen).to(device=self._device).double().add_(_ROUNDER).sub_(_ROUNDER)
+        rows = _take(self._embeddings, chosen).to(device=self._device).float()
+        return rows.double().add_(_ROUNDER).sub_(_ROUNDER)
 
-    def _fits(self) -> bool:
-        return len(self._embeddings) * self._embeddings.shape[1] * 4 <= _KEPT_BYTES
+    def _kept_grid(self) -> Tensor | None:
+        """All rows on the grid, where they are not too many."""
+        num_rows, width = self._embeddings.shape
+        if num_rows * width * 4 > _KEPT_BYTES:
+            return None
+        grid = torch.empty(num_rows, width)
+        for first in range(0, num_rows, self._block):
+            grid[first : first + self._block] = self._exact(slice(first, first + self._block))
+        return grid

@@ -41,7 +41,7 @@ def _check_cpus(scale: Scale, available: int, where: str) -> None:
     if wanted > available:
         raise ResourceError(
             f"scale.workers={scale.workers} with scale.cpus_per_worker={scale.cpus_per_worker} need {wanted} CPUs and "
-            f"{where} has {available}; lower one of them"
+            f"{where} has {available}; lower {'scale.cpus_per_worker' if scale.workers == 'auto' else 'one of them'}"
         )
 
 
@@ -179,9 +179,17 @@ def room(cpus: int, gpus: float) -> int:
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    held = sum(int(min(n.get("CPU", 0) / cpus, n.get("GPU", 0) / gpus if gpus else math.inf)) for n in nodes)
+    held = sum(int(min(node.get("CPU", 0) / cpus, _shares(node.get("GPU", 0), gpus))) for node in nodes)
     spare = sum(node.get("CPU", 0) for node in nodes) - 1
     return min(held, int(spare / cpus))
+
+
+def _shares(gpus: float, each: float) -> float:
+    """How many workers share a node's GPUs; a part of a GPU is always one of the same GPU."""
+    if each == 0:
+        return math.inf
+    # 1 / 0.2 may lie below 5 in the arithmetic of floats.
+    return int(gpus) * int(1 / each + 1e-9) if each < 1 else int(gpus / each + 1e-9)
 
 
 def num_workers(scale: Scale) -> int:
@@ -205,7 +213,8 @@ def _check_cluster(scale: Scale) -> None:
     if scale.least_workers > held:
         raise ResourceError(
             f"scale.workers={scale.workers} do not fit on the nodes of the cluster, which hold {held} workers of "
-            f"{scale.cpus_per_worker} CPUs and {scale.gpus_per_worker:g} GPUs; lower scale.workers or their size"
+            f"{scale.cpus_per_worker} CPUs and {scale.gpus_per_worker:g} GPUs; lower "
+            f"{'their size' if scale.workers == 'auto' else 'scale.workers or their size'}"
         )
 
 

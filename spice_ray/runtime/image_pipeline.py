@@ -109,7 +109,8 @@ class ImagePipeline(Pipeline):
         return self._artifact(JOINT, "stage 3: joint training", "steps", self._joint_settings(), [reliable], make)
 
     def _fit(self, run: Callable[[Any, Host], None], job: PretrainJob | JointJob, progress: Path) -> None:
-        fit(run, job, self.recipe.scale, self.recipe.worker_counts, self.run.checkpoints, progress)
+        recipe = self.recipe
+        fit(run, job, recipe.scale, recipe.worker_counts, self.run.checkpoints, progress, self.reporter.note)
 
     def make_shared(self) -> Self:
         """Stages 1 and 2, once, before the trials of a sweep would each make them; gives the run with its K."""

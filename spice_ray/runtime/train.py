@@ -66,6 +66,7 @@ def fit(
     counts: list[int],
     checkpoints: Path,
     progress: Path,
+    note: Callable[[str], None],
 ) -> None:
     """Run a training stage on Ray Train until its artifact is published.
 
@@ -79,6 +80,7 @@ def fit(
         counts: How many workers there may be, ascending; the most that the cluster holds are started.
         checkpoints: Folder of Ray Train's.
         progress: Folder that the first worker writes its progress to.
+        note: Tells the user that fewer workers go on.
 
     Raises:
         DamagedError: A shard file is damaged.
@@ -86,14 +88,22 @@ def fit(
     """
     name = f"{run.__name__}-{job.fingerprint}"
     config = {"run": run, "job": job, "scale": scale, "progress": progress}
-    for failures_left in reversed(range(_num_rounds(scale))):
+    failures = list[Exception]()
+    while True:
+        workers = most_of(counts, num_workers(scale))
+        if failures:
+            note(f"a training worker was lost; {workers} go on from the last checkpoint")
         try:
-            _trainer(config, counts, name, checkpoints).fit()
+            _trainer(config, workers, name, checkpoints).fit()
             break
         except ray.train.TrainingFailedError as error:
+            failures.append(error)
             said = _said(progress)
-            if said is not None or failures_left == 0:
-                raise said or _user_error(error, name) from error
+            # Ray Train by itself has started a fixed number of workers again.
+            if said is not None or scale.workers != "auto" or len(failures) > scale.max_failures:
+                raise said or _user_error(failures[0], name) from error
+            if isinstance(error, ray.train.ControllerError):  # so many did not start
+                counts = [count for count in counts if count < workers] or counts[:1]
     said = _said(progress)
     # A checkpoint may have been refused when the last step was done, and then nobody needs it.
     if said is not None and open_artifact(job.root, job.kind, job.fingerprint) is None:
@@ -101,19 +111,16 @@ def fit(
     shutil.rmtree(checkpoints / name, ignore_errors=True)
 
 
-def _num_rounds(scale: Scale) -> int:
-    """How often the workers are counted: Ray Train starts a fixed number of them again by itself."""
-    return 1 + scale.max_failures if scale.workers == "auto" else 1
+def most_of(counts: list[int], held: int) -> int:
+    """The largest count, ascending, that is at most ``held``; the least where none is."""
+    return max((count for count in counts if count <= held), default=counts[0])
 
 
-def _trainer(config: dict[str, Any], counts: list[int], name: str, checkpoints: Path) -> ray.train.torch.TorchTrainer:
-    """A trainer of as many workers as the cluster holds now, or as are asked for."""
+def _trainer(config: dict[str, Any], workers: int, name: str, checkpoints: Path) -> ray.train.torch.TorchTrainer:
     scale: Scale = config["scale"]
     resources: dict[str, float] = {"CPU": scale.cpus_per_worker}
     if scale.gpus_per_worker:
         resources["GPU"] = scale.gpus_per_worker
-    held = num_workers(scale)
-    workers = max(count for count in counts if count <= held)
     return ray.train.torch.TorchTrainer(
         _work,
         train_loop_config=config,

@@ -1,11 +1,15 @@
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from spice_ray.core import neighbor_candidates
+from spice_ray.core import neighbor_candidates, neighbors
 from spice_ray.core.neighbor_candidates import CandidateBank, Pairs, cheap_dtype
 from spice_ray.core.neighbors import exact_neighbors, neighbors_of_rows
 
@@ -52,27 +56,46 @@ def test_all_neighbors_are_among_few_candidates(
     assert len(pairs.rows) <= 16 * (k + 16) * 100
 
 
-def test_what_bfloat16_takes_from_the_rows_is_made_good() -> None:
-    """With no allowance for it neighbours would be missed."""
-    rows = random_rows(2000, 64)
-    queries = slice(0, 100)
-    cheap = (rows[queries].bfloat16() @ rows.bfloat16().T).float()
-    cheap[torch.arange(100), torch.arange(100)] = -torch.inf
-    by_bfloat16 = cheap.topk(10, dim=1).indices
-    missed = sum(
-        set(a) != set(b) for a, b in zip(by_bfloat16.tolist(), nearest(rows, queries, 10).tolist(), strict=True)
-    )
-    assert missed > 20
+def test_rows_that_bfloat16_puts_in_the_wrong_order_are_found_by_the_error_that_is_allowed_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    half, step = torch.full((32,), 0.125), 2**-8  # relative: half the gap between 0.125 and the next bfloat16
+    query = torch.cat((half, -half))
+    nearest = torch.cat((half * (1 + 0.98 * step), half))  # rounded down to similarity 0
+    other = torch.cat((half[:8] * (1 + 1.02 * step), half[:24], half))  # rounded up, to the greater similarity
+    rows = torch.stack([query, nearest, other, *[-query] * 297])
+    assert query @ nearest > query @ other
+    found = candidates(rows, slice(0, 1), 1, torch.bfloat16)
+    assert found is not None
+    assert set(found.rows.tolist()) == {1, 2}
+    monkeypatch.setattr(CandidateBank, "error_of", lambda _, queries: torch.zeros(len(queries), 1))
+    found = candidates(rows, slice(0, 1), 1, torch.bfloat16)
+    assert found is not None
+    assert found.rows.tolist() == [2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_cheap_similarity_is_farther_off_than_the_error_that_is_allowed_for(dtype: torch.dtype) -> None:
+def test_no_cheap_product_is_farther_off_than_the_error_and_its_own_rounding(dtype: torch.dtype) -> None:
     for rows in (random_rows(2000, 512), random_rows(2000, 512, 0.05), torch.eye(64).repeat(8, 1)):
         bank = CandidateBank(rows.__getitem__, len(rows), dtype)
-        off = (rows.to(dtype).double() @ rows.to(dtype).double().T - rows.double() @ rows.double().T).abs()
+        exact = rows.double() @ rows.double().T
+        off = ((rows.to(dtype) @ rows.to(dtype).T).double() - exact).abs()
         error = bank.error_of(rows).double()
-        assert bool((off <= error).all())
-        assert float(error.max()) < {torch.bfloat16: 0.01, torch.float32: 1e-3}[dtype]
+        rounding = torch.finfo(dtype).eps / 2 * (exact.abs() + error)
+        assert bool((off <= error + rounding).all())
+        assert float(error.max()) < {torch.bfloat16: 0.005, torch.float32: 1e-3}[dtype]
+
+
+def test_float32_products_that_may_be_less_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert cheap_dtype() == torch.float32
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert cheap_dtype() is None
+        rows = random_rows(17_000, 8)
+        assert torch.equal(neighbors_of_rows(rows, 5, 9, 3)[0], slow_neighbors(rows, 5, 9, 3)[0])
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -129,5 +152,51 @@ def test_shares_of_many_rows_put_together_are_the_whole_answer() -> None:
         assert torch.equal(torch.cat([share[part] for share in shares]), whole[part])
 
 
-def test_products_are_cheap_in_one_of_two_types() -> None:
-    assert cheap_dtype() in DTYPES
+@pytest.fixture
+def only_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        pytest.fail("all rows were compared exactly")
+
+    monkeypatch.setattr(neighbors._Search, "_best_of_all", refuse)
+
+
+@pytest.mark.usefixtures("only_candidates")
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+def test_mapped_rows_of_several_tiles_are_found_by_candidates_alone(
+    kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbors, "_KEPT_BYTES", kept)
+    rows = random_rows(40_001, 24)
+    np.save(tmp_path / "rows.npy", rows.numpy())
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    ids, similarities = neighbors_of_rows(mapped, 39_951, 40_001, 20)
+    expected, values = slow_neighbors(rows, 39_951, 40_001, 20)
+    assert torch.equal(ids, expected)
+    assert torch.equal(similarities, values)
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+@pytest.mark.parametrize("num_rows", [300, 17_000])
+def test_float64_rows_are_taken_as_float32(num_rows: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbors, "_KEPT_BYTES", kept)
+    rows = normalize(torch.randn(num_rows, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    found = neighbors_of_rows(rows.requires_grad_(), 0, 50, 5)
+    expected = slow_neighbors(rows.detach().float(), 0, 50, 5)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+def test_memory_is_bounded_where_candidates_are_compared() -> None:
+    program = """
+import resource, torch
+from spice_ray.core.neighbors import neighbors_of_rows
+generator = torch.Generator().manual_seed(0)
+rows = torch.nn.functional.normalize(torch.randn(200_000, 64, generator=generator))
+neighbors_of_rows(rows[:20_000], 0, 1024, 100)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+neighbors_of_rows(rows, 0, 1024, 100)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    grid_and_cheap_kib = 200_000 * 64 * (4 + 4) / 1024
+    assert int(done.stdout) < grid_and_cheap_kib + 300 * 1024

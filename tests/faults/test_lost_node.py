@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import torch
 
 from tests.end_to_end.small_runs import Corpus
 from tests.end_to_end.test_jobs import ENVIRONMENT, RAY, end, free_ports, wait_for_server
-from tests.faults.test_kill import under_way, wait_until
+from tests.faults.test_kill import SNAPSHOT, wait_until
 
 SETTINGS = [
     *("scale.workers=auto", "scale.cpus_per_worker=2", "scale.checkpoint_seconds=0.2"),
@@ -47,14 +48,22 @@ def two_nodes() -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
             wait_for_server(gcs, first)
             with ray_node(f"--address=127.0.0.1:{gcs}", "--num-cpus=2") as second:
                 address = f"127.0.0.1:{gcs}"
-                subprocess.run([sys.executable, "-c", JOINED], env={**ENVIRONMENT, "RAY_ADDRESS": address}, check=True)
+                subprocess.run(
+                    [sys.executable, "-c", JOINED], env={**ENVIRONMENT, "RAY_ADDRESS": address}, check=True, timeout=120
+                )
                 yield address, second
 
 
-def workers_of(run: Path) -> int:
-    """How many workers wrote the last checkpoint of stage 1: it keeps the statistics of each."""
-    newest = max((run / "checkpoints").glob("run_pretrain-*/*/state.pt"), key=lambda file: file.stat().st_mtime_ns)
-    return len(torch.load(newest, weights_only=True)["query_buffers"])
+def last_checkpoint(run: Path) -> tuple[int, int] | None:
+    """The step of the last checkpoint of stage 1 that Ray Train knows of, and how many workers wrote it."""
+    for snapshot in (run / "checkpoints").glob(f"run_pretrain-*/{SNAPSHOT}"):
+        try:
+            name = json.loads(snapshot.read_text())["checkpoint_results"][-1]["checkpoint_dir_name"]
+            state = torch.load(snapshot.parent / name / "state.pt", weights_only=True)
+        except (ValueError, IndexError, OSError):  # being written, or just replaced by a later one
+            return None
+        return state["step"], len(state["query_buffers"])  # each worker's batch-norm statistics are kept
+    return None
 
 
 def losses(run: Path) -> np.ndarray:
@@ -68,6 +77,14 @@ def test_training_goes_on_with_fewer_workers_when_a_node_is_lost(
 ) -> None:
     address, second = two_nodes
     run = tmp_path / "run"
+    seen: list[tuple[int, int]] = []
+
+    def look(num_workers: int) -> bool:
+        found = last_checkpoint(run)
+        if found is not None:
+            seen.append(found)
+        return found is not None and found[1] == num_workers
+
     command = ["run", str(recipe_file), "--data", str(corpus.parquet), "--out", str(run), *SETTINGS]
     driver = subprocess.Popen(
         [sys.executable, "-m", "spice_ray", *command],
@@ -75,12 +92,17 @@ def test_training_goes_on_with_fewer_workers_when_a_node_is_lost(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    wait_until(lambda: under_way(run, "encoder"), driver)
-    assert workers_of(run) == 2
-    os.killpg(second.pid, signal.SIGKILL)
-
-    _, errors = driver.communicate(timeout=600)
+    try:
+        wait_until(lambda: look(2), driver)
+        os.killpg(second.pid, signal.SIGKILL)
+        wait_until(lambda: look(1), driver)
+        _, errors = driver.communicate(timeout=600)
+    finally:
+        driver.kill()
     assert driver.returncode == 0, errors[-3000:]
+    assert b"a training worker was lost; 1 go on from the last checkpoint" in errors
+    steps = [step for step, _ in seen]
+    assert steps == sorted(steps)
     # The same images in the same order: only sums differ.
     expected = losses(finished)
     np.testing.assert_array_equal(losses(run)[:, 0], expected[:, 0])
