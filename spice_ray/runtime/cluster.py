@@ -179,12 +179,12 @@ def room(cpus: int, gpus: float) -> int:
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    held = sum(int(min(node.get("CPU", 0) / cpus, _shares(node.get("GPU", 0), gpus))) for node in nodes)
+    held = sum(int(min(node.get("CPU", 0) / cpus, gpu_shares(node.get("GPU", 0), gpus))) for node in nodes)
     spare = sum(node.get("CPU", 0) for node in nodes) - 1
     return min(held, int(spare / cpus))
 
 
-def _shares(gpus: float, each: float) -> float:
+def gpu_shares(gpus: float, each: float) -> float:
     """How many workers share a node's GPUs; a part of a GPU is always one of the same GPU."""
     if each == 0:
         return math.inf

@@ -6,7 +6,7 @@ import ray.data
 
 from spice_ray.config import Scale
 from spice_ray.errors import DataError, ResourceError, TrainingError
-from spice_ray.runtime.cluster import _shares, check_local_cpus, connected, num_workers, room
+from spice_ray.runtime.cluster import check_local_cpus, connected, gpu_shares, num_workers, room
 from spice_ray.runtime.reading import prepare_context
 from spice_ray.runtime.train import most_of
 
@@ -53,7 +53,7 @@ def test_one_cpu_is_left_for_the_tasks_that_read() -> None:
     ("gpus", "each", "workers"), [(2, 0.6, 2), (2, 0.5, 4), (1, 0.2, 5), (8, 1, 8), (7, 2, 3), (0, 1, 0), (2, 0.4, 4)]
 )
 def test_a_part_of_a_gpu_is_of_one_gpu(gpus: float, each: float, workers: int) -> None:
-    assert _shares(gpus, each) == workers
+    assert gpu_shares(gpus, each) == workers
 
 
 @pytest.mark.parametrize(("held", "expected"), [(0, 1), (1, 1), (3, 2), (4, 4), (100, 8)])
