@@ -4,16 +4,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spice_ray.readers.records import Chunk, Record
 
 SIDE = 32
+_CELLS = 4
 
 
 @dataclass(frozen=True)
 class GeneratedChunk:
     start: int
     stop: int
+    classes: int
 
     @property
     def num_rows(self) -> int:
@@ -21,24 +24,39 @@ class GeneratedChunk:
 
     def read(self) -> Iterator[Record]:
         rng = np.random.default_rng(self.start)
+        patterns = _patterns(self.classes)
         for number in range(self.start, self.stop):
-            yield Record(
-                f"generated/{number:09d}", "train", None, rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-            )
+            label, pixels = None, rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+            if self.classes:
+                label = number % self.classes
+                pixels = pixels // 2 + patterns[label]
+            yield Record(f"generated/{number:09d}", "train", label, pixels)
+
+
+def _patterns(classes: int) -> NDArray[np.uint8]:
+    """Coarse patches of colour, below 128, for each class."""
+    coarse = np.random.default_rng(0).integers(0, 128, (classes, _CELLS, _CELLS, 3), dtype=np.uint8)
+    return coarse.repeat(SIDE // _CELLS, axis=1).repeat(SIDE // _CELLS, axis=2)
 
 
 @dataclass(frozen=True)
 class Generated:
+    """Noise, or patterns of some classes in noise."""
+
     count: int
+    classes: int = 0
     kind: str = "generated"
-    labels_known: bool = False
+
+    @property
+    def labels_known(self) -> bool:
+        return self.classes > 0
 
     def listing_digest(self) -> str:
-        return f"{self.count}"
+        return f"{self.count}-{self.classes}"
 
     def encoded_bytes(self) -> None:
         return None
 
     def chunks(self, rows_per_chunk: int) -> list[Chunk]:
         starts = range(0, self.count, rows_per_chunk)
-        return [GeneratedChunk(start, min(start + rows_per_chunk, self.count)) for start in starts]
+        return [GeneratedChunk(start, min(start + rows_per_chunk, self.count), self.classes) for start in starts]

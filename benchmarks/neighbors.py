@@ -22,7 +22,7 @@ from tables import print_table
 from torch import Tensor
 from torch.nn import functional as F
 
-from spice_ray.core.neighbors import neighbors_of_rows
+from spice_ray.core.neighbors import NeighborSearch
 
 CLUSTERS = 10
 NEAR_TIE = 1e-6
@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds: dict[str, list[float]] = {"spice_ray": [], "faiss": []}
     for number in range(options.rounds + 1):
-        (ours, _), own = timed(lambda: neighbors_of_rows(rows, 0, queries, k))
+        (ours, _), own = timed(lambda: NeighborSearch(rows.to(options.device), k).find(0, queries))
         if number == 0:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         theirs, peer = timed(lambda: by_faiss(rows, queries, k))
@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=60_000, help="rows whose neighbours are looked for")
     parser.add_argument("--checked", type=int, default=2_000, help="queries compared with float64")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="where ours computes; the peer is on the CPU")
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)

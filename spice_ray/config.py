@@ -14,6 +14,7 @@ from spice_ray.settings import (
     Heads,
     Image,
     ImageHeads,
+    ImageReliable,
     Joint,
     NonNegativeFloat,
     PositiveFloat,
@@ -141,6 +142,7 @@ class ImageRecipe(Recipe):
     image: Image
     pretrain: Pretrain
     heads: ImageHeads
+    reliable: ImageReliable
     joint: Joint
 
     @model_validator(mode="after")
@@ -162,11 +164,36 @@ class ImageRecipe(Recipe):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if self.reliable.labels is None:
+            return self
+        if self.min_clusters is not None:
+            raise ValueError(
+                f"reliable.labels says which clusters there are and num_clusters={self.asked_clusters} leaves their "
+                "number open; give one number"
+            )
+        if self.is_supervised and self.heads.prior == ESTIMATE:
+            raise ValueError(
+                "heads.prior=estimate needs an embedding, which reliable.labels with joint.init=scratch leaves out; "
+                "leave heads.prior out"
+            )
+        return self
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether labels are given and stage 3 starts anew: then it is the only stage."""
+        return self.reliable.labels is not None and self.joint.init == "scratch"
+
     @property
     def _trained_lanes(self) -> dict[str, int]:
         """Lanes of each stage that is trained."""
         joint = {"joint": self.joint.lanes}
-        return joint if self.pretrain.weights is not None else {"pretrain": self.pretrain.lanes, **joint}
+        return (
+            joint
+            if self.pretrain.weights is not None or self.is_supervised
+            else {"pretrain": self.pretrain.lanes, **joint}
+        )
 
     @property
     def worker_counts(self) -> list[int]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SHARDS, LABELS, ENCODER, EMBEDDING = "shards", "labels", "encoder", "embedding"
 HEADS, RELIABLE, JOINT, ASSIGNMENTS = "heads", "reliable", "joint", "assignments"
+NEIGHBORS = "neighbors"
+"""The nearest of each row that may be trained on: neighbors.npy, int32 (N, k), numbers among these rows."""
 CLUSTER_COUNT, PRIOR = "cluster_count", "prior"
 """K where the recipe leaves it open, and the clusters' shares where they are estimated: between embedding and heads."""
 

@@ -83,7 +83,8 @@ class _Images:
 
     split: NDArray[np.str_]
     clusters: Ints  # -1: not read, its shard file is damaged
-    head_clusters: Ints
+    head_clusters: Ints | None
+    """None where labels were given, and there are no heads or nothing is learnt of theirs."""
     reliable: NDArray[np.bool_]
     labels_true: Ints  # -1: not labelled
 
@@ -100,15 +101,17 @@ def _in_splits(images: _Images, protocol: str, splits: tuple[str, ...]) -> NDArr
 def _compare(run: Path, record: dict[str, Any], images: _Images, ids: Ints) -> list[dict[str, Any]]:
     """The table of methods on the images ``ids``."""
     shards, recipe = _open(run, record, SHARDS), record["recipe"]
-    embedding = _load(_open(run, record, EMBEDDING), "embedding.npy", len(images.clusters))
-    found: dict[str, Ints | None] = {
-        "k-means on the embedding": _baseline(lambda: embedding[ids], len(ids), embedding.shape[1], recipe),
-        "SPICE_s": images.head_clusters[ids],
-    }
+    found: dict[str, Ints | None] = {}
     # Embeddings that were given have no pixels and no stage 3.
     if "image" in recipe:
-        pixels = _baseline(lambda: _read_pixels(shards, ids), len(ids), _num_pixels(shards), recipe)
-        found = {"k-means on pixels": pixels, **found, "SPICE": images.clusters[ids]}
+        found["k-means on pixels"] = _baseline(lambda: _read_pixels(shards, ids), len(ids), _num_pixels(shards), recipe)
+    if EMBEDDING in record["artifacts"]:
+        embedding = _load(_open(run, record, EMBEDDING), "embedding.npy", len(images.clusters))
+        found["k-means on the embedding"] = _baseline(lambda: embedding[ids], len(ids), embedding.shape[1], recipe)
+    if images.head_clusters is not None:
+        found["SPICE_s"] = images.head_clusters[ids]
+    if "image" in recipe:
+        found["SPICE" if images.head_clusters is not None else "labels given"] = images.clusters[ids]
     return [_row(method, images.labels_true[ids], labels) for method, labels in found.items()]
 
 
@@ -134,6 +137,8 @@ def _probe(run: Path, record: dict[str, Any], images: _Images) -> list[dict[str,
 
     from spice_ray.probe import Labelled, Read, knn_row, linear_row
 
+    if EMBEDDING not in record["artifacts"]:
+        raise DataError(f"{run} has no embedding to look into: it learnt from given labels alone; leave --probe out")
     shards, store, num_images = _open(run, record, SHARDS), _open(run, record, EMBEDDING), len(images.clusters)
     ids = np.flatnonzero(_labelled(images))
     labelled = Labelled(ids, images.labels_true[ids], images.split[ids] == "test")
@@ -159,9 +164,15 @@ def _score_reliable(images: _Images, protocol: str) -> dict[str, Any]:
     return {
         "count": count,
         "share": count / int(candidates.sum()) if candidates.any() else None,
-        # What stage 3 learns from are the head's labels.
-        "acc": clustering_accuracy(images.labels_true[chosen], images.head_clusters[chosen]) if count else None,
+        "acc": _head_accuracy(images, chosen) if count else None,
     }
+
+
+def _head_accuracy(images: _Images, chosen: NDArray[np.bool_]) -> float | None:
+    """Of the labels that stage 3 learns from; those that were given are the user's affair."""
+    if images.head_clusters is None:
+        return None
+    return clustering_accuracy(images.labels_true[chosen], images.head_clusters[chosen])
 
 
 def _open(run: Path, record: dict[str, Any], kind: str) -> Artifact:
@@ -183,7 +194,7 @@ def _read_images(run: Path, record: dict[str, Any]) -> _Images:
     images = _Images(
         split=np.full(num_images, "", "<U16"),
         clusters=np.full(num_images, -1),
-        head_clusters=_load(_open(run, record, HEADS), "assignments.npy", num_images).astype(np.int64),
+        head_clusters=_head_clusters(run, record, num_images),
         reliable=np.zeros(num_images, np.bool_),
         labels_true=_read_labels(_open(run, record, LABELS), num_images),
     )
@@ -191,6 +202,12 @@ def _read_images(run: Path, record: dict[str, Any]) -> _Images:
     images.clusters[ids] = table["cluster"].to_numpy()
     images.reliable[ids] = [value is True for value in table["reliable"].to_pylist()]
     return images
+
+
+def _head_clusters(run: Path, record: dict[str, Any], num_images: int) -> Ints | None:
+    if HEADS not in record["artifacts"] or record["recipe"]["reliable"].get("labels") is not None:
+        return None
+    return _load(_open(run, record, HEADS), "assignments.npy", num_images).astype(np.int64)
 
 
 def _readable_ids(shards: Artifact, damaged: list[str]) -> Ints:

@@ -5,8 +5,13 @@ from spice_ray.errors import ConfigError
 from spice_ray.settings import Pretrain, Reliable
 
 
-def num_neighbors(reliable: Reliable, num_images: int, num_clusters: int) -> int:
-    """Ns: the recipe's, or N / (6 K) clamped to [10, 100]; never more than there are other images."""
+def num_neighbors(reliable: Reliable, num_images: int, num_clusters: int) -> int | None:
+    """Ns: the recipe's, or N / (6 K) clamped to [10, 100]; never more than there are other images.
+
+    None where each cluster has its own.
+    """
+    if isinstance(reliable.neighbors, str):
+        return None
     wanted = reliable.neighbors or min(100, max(10, round(num_images / (6 * num_clusters))))
     return min(wanted, num_images - 1)
 

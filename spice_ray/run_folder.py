@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from spice_ray.config import Recipe
-from spice_ray.contracts import EMBEDDING, HEADS, LABELS, SHARDS
+from spice_ray.contracts import LABELS, SHARDS
 from spice_ray.errors import StorageError
 from spice_ray.storage import Artifact, clear_staging, read_json, reporting_disk_errors, write_json
 
@@ -199,7 +199,7 @@ def read_finished(path: Path) -> dict[str, Any]:
     record = read_json(path / _RECORD, f"restore it, or delete the folder {path} and run again")
     types = {"recipe": dict, "artifacts": dict, "shards_root": str}
     is_run = isinstance(record, dict) and all(isinstance(record.get(key), type_) for key, type_ in types.items())
-    if not is_run or not {SHARDS, LABELS, EMBEDDING, HEADS} <= record["artifacts"].keys():
+    if not is_run or not {SHARDS, LABELS} <= record["artifacts"].keys():
         raise StorageError(f"{path / _RECORD} is not of a finished run; run the same command again")
     return {"artifacts_root": "artifacts", **record}
 

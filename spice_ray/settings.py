@@ -23,6 +23,7 @@ EncoderName = Literal[
     "wrn28_8",
     "wrn37_2",
 ]
+ADAPTIVE = "adaptive"
 _LIBRARY_MODEL = re.compile(r"(torchvision|timm)/[\w.-]+")
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -204,14 +205,33 @@ class ImageHeads(Heads):
 class Reliable(Settings):
     """Reliable pseudo-labels (paper III-C, eqs. 6-7)."""
 
-    neighbors: PositiveInt | None = None
-    """Ns; none: N / (6 K), at least 10 and at most 100."""
+    neighbors: PositiveInt | Literal["adaptive"] | None = None
+    """Ns; none: N / (6 K), at least 10 and at most 100; adaptive: the same of each sample's own cluster, a sixth of its
+    size."""
     min_consistency: Annotated[float, Field(ge=0, lt=1)]
     """tau_c: a sample is reliable when a larger share of its neighbours has its label."""
     min_confidence: Annotated[float, Field(ge=0, lt=1)] = 0
     """A sample is reliable only when its head is surer than this; 0: no such gate."""
     balance: Literal["none", "weights", "smallest"] = "none"
     strict: bool = False
+
+    @field_validator("neighbors", mode="before")
+    @classmethod
+    def _check_neighbors(cls, value: Any) -> Any:
+        is_name = isinstance(value, str) and value != ADAPTIVE and not value.isdecimal()
+        if is_name or (isinstance(value, int) and not isinstance(value, bool) and value < 1):
+            raise ValueError(
+                f"reliable.neighbors={value} cannot be used; give a whole number of at least 1, or {ADAPTIVE}"
+            )
+        return value
+
+
+class ImageReliable(Reliable):
+    """What stage 3 learns from on images."""
+
+    labels: str | None = None
+    """Parquet file of labels that are known, ``label`` in 0..K-1 by ``sample_id`` or ``source``: they take the place of
+    reliable pseudo-labels. With ``joint.init=scratch`` stages 1 and 2 are left out."""
 
 
 class Joint(Settings):
@@ -222,6 +242,8 @@ class Joint(Settings):
     """Another encoder than stage 1's, only with ``init: scratch``."""
     init: Literal["stage2", "scratch"] = "stage2"
     steps: PositiveInt
+    patience: Annotated[int, Field(ge=100)] | None = None
+    """Stop where the share of images whose views agree with confidence has not grown for so many steps; none: never."""
     labelled_batch: PositiveInt
     unlabelled_ratio: PositiveInt = 7
     """mu: unlabelled rows for each labelled one."""

@@ -53,6 +53,7 @@ def prepare(
     check_local_cpus(recipe.scale)
     check_folder(out)
     recipe = _with_weights(recipe, out)
+    _check_labels(recipe)
     if trials is not None:
         check_trials(recipe, trials)
     # Workers have working directories of their own.
@@ -87,6 +88,14 @@ def _with_weights(recipe: Recipe, out: Path) -> Recipe:
     pinned = pin_weights(recipe, out)
     check_given(pinned, out / "artifacts")
     return pinned
+
+
+def _check_labels(recipe: Recipe) -> None:
+    """Look at labels that are given, as far as that is possible before the images are known."""
+    if isinstance(recipe, ImageRecipe) and recipe.reliable.labels is not None:
+        from spice_ray.readers.given_labels import read_given_labels
+
+        read_given_labels(recipe.reliable.labels, recipe.num_clusters)
 
 
 def open_source(data: str, labels_from_folders: bool = False) -> "Source":

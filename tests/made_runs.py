@@ -48,7 +48,7 @@ def make_run(
     }
     pq.write_table(pa.table(table), folder / "run" / "assignments.parquet")
     prints = {"shards": "a", "labels": "b", "embedding": "c", "heads": "d", "joint": None, "assignments": "e"}
-    recipe = {"num_clusters": num_clusters, "seed": 3, "protocol": protocol, "image": {"size": SIZE}}
+    recipe = {"num_clusters": num_clusters, "seed": 3, "protocol": protocol, "image": {"size": SIZE}, "reliable": {}}
     write_json(folder / "run" / "run.json", {"artifacts": prints, "shards_root": "../data", "recipe": recipe})
     write_json(folder / "run" / "timing.json", {"pretrain": 1.5, "heads": 0.5})
     return folder / "run"

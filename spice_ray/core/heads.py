@@ -22,6 +22,13 @@ class ClusterHead(nn.Sequential):
         """Logits, (B, K), of pooled features, (B, D)."""
         return cast(Tensor, super().__call__(pooled))
 
+    @torch.no_grad()
+    def reorder(self, columns: Tensor) -> None:
+        """Call cluster ``columns[k]`` k from now on; int64, (K,)."""
+        last = cast(nn.Linear, self[2])
+        last.weight.copy_(last.weight[columns])
+        last.bias.copy_(last.bias[columns])
+
 
 class HeadStack(nn.Module):
     """Heads of one shape side by side, each with its own input: batched matrix products."""

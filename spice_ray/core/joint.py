@@ -53,6 +53,16 @@ def consistency_loss(weak_logits: Tensor, strong_logits: Tensor, confidence: flo
 
 
 @torch.no_grad()
+def agreeing_share(weak_logits: Tensor, strong_logits: Tensor, confidence: float) -> Tensor:
+    """Share of unlabelled rows that are confident and whose strong view has the same cluster, a scalar.
+
+    Not in the paper: a sign of progress that needs no label. Arguments as in :func:`consistency_loss`.
+    """
+    sureness, targets = weak_logits.softmax(dim=1).max(dim=1)
+    return ((sureness > confidence) & (strong_logits.argmax(dim=1) == targets)).float().mean()
+
+
+@torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """Average the weights; copy batch-norm statistics, which are averages already."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)

@@ -10,7 +10,7 @@ Of many rows on the CPU only candidates are compared exactly (neighbor_candidate
 Shapes: N rows, D embedding width, k neighbours, b rows of a query block, t rows of a bank tile.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,22 @@ from spice_ray.core.neighbor_keys import (
     similarities_of,
 )
 
-Rows = Tensor | NDArray[Any]
+
+class ChosenRows(Protocol):
+    """Rows that are fetched when they are asked for."""
+
+    shape: tuple[int, int]
+
+    def __len__(self) -> int:
+        """N."""
+        ...
+
+    def __getitem__(self, chosen: slice | NDArray[np.int64]) -> NDArray[Any]:
+        """The chosen rows, float, (n, D)."""
+        ...
+
+
+Rows = Tensor | NDArray[Any] | ChosenRows
 
 _ROUNDER = 1.5 * (1 << 26)
 """What is added to it in float64 is rounded to a multiple of 2^-26."""
@@ -40,87 +55,30 @@ _KEPT_BYTES = 256 << 20
 def exact_neighbors(
     embeddings: Rows, k: int, *, block: int = 1024, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest other rows of every row by cosine.
-
-    Args:
-        embeddings: Unit rows, taken as float32, (N, D); may be a memory-mapped array.
-        k: Neighbours per row, in 1..N-1.
-        block: Rows of a query block and of the tiles that it meets one by one. Working memory is at most about
-            ``block`` * (100 * ``block`` + 40 * D + 40 * k) bytes whatever N is; there is never an N x N array. For many
-            rows on the CPU it is at most about 1 GB instead, and the block is a fixed one.
-        device: Where to compute; none: where the embeddings are. Rows come to it tile by tile, so put a tensor there
-            beforehand if it fits.
-
-    Returns:
-        Row numbers, int64, (N, k), and similarities, float32, (N, k), both on the CPU. Each row is ordered by falling
-        similarity (as float32) and equal ones by rising row number; the row itself is left out.
-
-    Raises:
-        ValueError: ``k`` is not in 1..N-1, ``block`` is below 1, or a value is not finite.
-    """
-    return neighbors_of_rows(embeddings, 0, len(embeddings), k, block=block, device=device)
+    """The k nearest other rows of every row: ``NeighborSearch`` asked for all of them."""
+    return NeighborSearch(embeddings, k, block=block, device=device).find(0, len(embeddings))
 
 
-def neighbors_of_rows(
-    embeddings: Rows, start: int, stop: int, k: int, *, block: int = 1024, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
-    """Rows ``start`` to ``stop`` of what ``exact_neighbors`` returns, bit for bit: one worker's share.
+class NeighborSearch:
+    """Looks for the k nearest other rows by cosine; what it needs of the rows is made once."""
 
-    Args:
-        embeddings: All unit rows, float, (N, D).
-        start: First row asked for.
-        stop: One past the last row asked for.
-        k: Neighbours per row, in 1..N-1.
-        block: As in ``exact_neighbors``.
-        device: As in ``exact_neighbors``.
+    def __init__(self, embeddings: Rows, k: int, *, block: int = 1024, device: torch.device | None = None) -> None:
+        """Look at all rows once.
 
-    Returns:
-        Row numbers, int64, and similarities, float32, both (stop - start, k), on the CPU.
+        Args:
+            embeddings: Unit rows, taken as float32, (N, D); may be a memory-mapped array.
+            k: Neighbours per row, in 1..N-1.
+            block: Rows of a query block and of the tiles that it meets one by one. Working memory is at most about
+                ``block`` * (100 * ``block`` + 40 * D + 40 * k) bytes whatever N is; there is never an N x N array. For
+                many rows on the CPU it is at most about 1 GB instead, and the block is a fixed one.
+            device: Where to compute; none: where the embeddings are. Rows come to it tile by tile, so put a tensor
+                there beforehand if it fits.
 
-    Raises:
-        ValueError: As in ``exact_neighbors``, or ``start`` and ``stop`` are no range within 0..N.
-    """
-    _check_request(len(embeddings), start, stop, k, block)
-    _check_finite(embeddings, block)
-    search = _Search(embeddings, k, block, device)
-    indices = torch.empty((stop - start, k), dtype=torch.int64)
-    similarities = torch.empty((stop - start, k), dtype=torch.float32)
-    for first in range(start, stop, search.step):
-        last = min(first + search.step, stop)
-        keys = search.best_keys(first, last)
-        found = slice(first - start, last - start)
-        indices[found], similarities[found] = row_numbers_of(keys), similarities_of(keys)
-    return indices, similarities
-
-
-def _check_request(num_rows: int, start: int, stop: int, k: int, block: int) -> None:
-    if not 1 <= k < num_rows:
-        raise ValueError(f"k={k} neighbours of {num_rows} rows; k must be at least 1 and below the number of rows")
-    if not 0 <= start <= stop <= num_rows:
-        raise ValueError(f"rows {start} to {stop} of {num_rows}; the range must lie within the rows")
-    if block < 1:
-        raise ValueError(f"block={block} rows; a block needs at least 1")
-
-
-def _check_finite(embeddings: Rows, step: int) -> None:
-    for first in range(0, len(embeddings), step):
-        finite = torch.isfinite(_take(embeddings, slice(first, first + step))).all(dim=1)
-        if not finite.all():
-            row = first + int((~finite).nonzero()[0, 0])
-            raise ValueError(f"row {row} of the embeddings is not finite; neighbours need finite unit rows")
-
-
-def _take(embeddings: Rows, chosen: slice | Tensor) -> Tensor:
-    if isinstance(embeddings, Tensor):
-        return embeddings.detach()[chosen]
-    # The copy is for memory maps that cannot be written, which torch does not take.
-    return torch.from_numpy(np.array(embeddings[chosen if isinstance(chosen, slice) else chosen.numpy()]))
-
-
-class _Search:
-    """The nearest neighbours of a block of queries, in one of two ways with the same result."""
-
-    def __init__(self, embeddings: Rows, k: int, block: int, device: torch.device | None) -> None:
+        Raises:
+            ValueError: ``k`` is not in 1..N-1, ``block`` is below 1, or a value is not finite.
+        """
+        _check_request(len(embeddings), k, block)
+        _check_finite(embeddings, block)
         self._embeddings, self._k, self._block, self._device = embeddings, k, block, device
         self._grid: Tensor | None = None
         self._bank: CandidateBank | None = None
@@ -129,12 +87,28 @@ class _Search:
             self._grid = self._kept_grid()
             self._bank = CandidateBank(self._rows, len(embeddings), cheap)
 
-    @property
-    def step(self) -> int:
-        """Queries of a block."""
-        return self._block if self._bank is None else QUERIES
+    def find(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The neighbours of the rows from ``start`` to ``stop``, the same to the bit whoever asks for the others.
 
-    def best_keys(self, first: int, last: int) -> Tensor:
+        Returns:
+            Row numbers, int64, and similarities, float32, both (stop - start, k), on the CPU. Each row is ordered by
+            falling similarity (as float32) and equal ones by rising row number; the row itself is left out.
+
+        Raises:
+            ValueError: ``start`` and ``stop`` are no range within 0..N.
+        """
+        if not 0 <= start <= stop <= len(self._embeddings):
+            raise ValueError(f"rows {start} to {stop} of {len(self._embeddings)}; the range must lie within the rows")
+        indices = torch.empty((stop - start, self._k), dtype=torch.int64)
+        similarities = torch.empty((stop - start, self._k), dtype=torch.float32)
+        step = self._block if self._bank is None else QUERIES
+        for first in range(start, stop, step):
+            keys = self._best_keys(first, min(first + step, stop))
+            found = slice(first - start, first - start + len(keys))
+            indices[found], similarities[found] = row_numbers_of(keys), similarities_of(keys)
+        return indices, similarities
+
+    def _best_keys(self, first: int, last: int) -> Tensor:
         """The k greatest keys of each row from ``first`` to ``last``, falling, (b, k)."""
         queries = self._rows(slice(first, last))
         if self._bank is not None:
@@ -199,3 +173,25 @@ class _Search:
         for first in range(0, num_rows, self._block):
             grid[first : first + self._block] = self._exact(slice(first, first + self._block))
         return grid
+
+
+def _check_request(num_rows: int, k: int, block: int) -> None:
+    if not 1 <= k < num_rows:
+        raise ValueError(f"k={k} neighbours of {num_rows} rows; k must be at least 1 and below the number of rows")
+    if block < 1:
+        raise ValueError(f"block={block} rows; a block needs at least 1")
+
+
+def _check_finite(embeddings: Rows, step: int) -> None:
+    for first in range(0, len(embeddings), step):
+        finite = torch.isfinite(_take(embeddings, slice(first, first + step))).all(dim=1)
+        if not finite.all():
+            row = first + int((~finite).nonzero()[0, 0])
+            raise ValueError(f"row {row} of the embeddings is not finite; neighbours need finite unit rows")
+
+
+def _take(embeddings: Rows, chosen: slice | Tensor) -> Tensor:
+    if isinstance(embeddings, Tensor):
+        return embeddings.detach()[chosen]
+    # The copy is for memory maps that cannot be written, which torch does not take.
+    return torch.from_numpy(np.array(embeddings[chosen if isinstance(chosen, slice) else chosen.numpy()]))

@@ -3,53 +3,94 @@
 Shapes: N samples, Ns neighbours of each, K clusters.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from spice_ray.core.order import permutation
 
+FEWEST_NEIGHBORS, MOST_NEIGHBORS = 10, 100
+"""Bounds on Ns where it is counted by the size of the clusters."""
 _ROWS_PER_BLOCK = 1 << 16
 
 
-def consistency_ratio(labels: Tensor, neighbors: Tensor) -> Tensor:
-    """Share of each sample's neighbours that have its label (eq. 6).
+class Agreement(NamedTuple):
+    """What the neighbours say of each sample's label."""
+
+    agreeing: Tensor
+    """How many of those asked have the label, int64, (N,)."""
+    asked: Tensor
+    """How many are asked, int64, (N,)."""
+
+
+def agreement(labels: Tensor, neighbors: Tensor, asked: Tensor) -> Agreement:
+    """Ask the nearest neighbours of each sample for their labels.
 
     Rows are taken in blocks, so that working memory does not grow with N.
 
     Args:
         labels: Cluster of each sample, int64, (N,).
-        neighbors: Row numbers of its nearest neighbours, int64, (N, Ns), Ns >= 1.
-
-    Returns:
-        r in [0, 1], float64, (N,).
+        neighbors: Row numbers of its nearest neighbours, the nearest first, int64 or int32, (N, k); may be mapped.
+        asked: Ns: how many of them count, int64 in 1..k, (N,).
 
     Raises:
-        ValueError: There is no neighbour to ask, or the two disagree about N.
+        ValueError: The three do not fit each other.
     """
-    return _num_agreeing(labels, neighbors).double() / neighbors.shape[1]
+    if neighbors.ndim != 2 or neighbors.shape[0] != len(labels) or asked.shape != labels.shape:
+        raise ValueError(
+            f"neighbours of shape {tuple(neighbors.shape)} and {tuple(asked.shape)} of them asked for {len(labels)} "
+            "labels; give each label a row of neighbours and a count"
+        )
+    if len(labels) and not 1 <= int(asked.min()) <= int(asked.max()) <= neighbors.shape[1]:
+        raise ValueError(f"{int(asked.min())} to {int(asked.max())} of {neighbors.shape[1]} neighbours cannot be asked")
+    agreeing = torch.empty_like(asked)
+    places = torch.arange(neighbors.shape[1], device=labels.device)
+    for first in range(0, len(labels), _ROWS_PER_BLOCK):
+        rows = slice(first, first + _ROWS_PER_BLOCK)
+        agrees = labels[neighbors[rows].to(labels.device).long()] == labels[rows, None]
+        agreeing[rows] = (agrees & (places < asked[rows, None])).sum(dim=1)
+    return Agreement(agreeing, asked)
 
 
-def reliable_samples(
-    labels: Tensor, confidences: Tensor, neighbors: Tensor, *, min_consistency: float, min_confidence: float
-) -> Tensor:
+def neighbors_by_cluster(labels: Tensor, num_clusters: int, most: int) -> Tensor:
+    """Ns for each sample by the size of its own cluster: a sixth of it, between 10 and 100.
+
+    One number for all asks more of a small cluster than it has members, and its samples could never be reliable. A
+    sixth is what the paper takes of CIFAR-10's classes in the default, N / (6 K).
+
+    Args:
+        labels: Cluster of each sample, int64 in 0..K-1, (N,).
+        num_clusters: K.
+        most: How many there are to ask, at least 1.
+
+    Returns:
+        int64, (N,).
+    """
+    sizes = torch.bincount(labels, minlength=num_clusters)
+    each = (sizes / 6).round().long().clamp(FEWEST_NEIGHBORS, MOST_NEIGHBORS).clamp_max(most)
+    return each[labels]
+
+
+def consistency_ratio(found: Agreement) -> Tensor:
+    """Share of each sample's neighbours that have its label (eq. 6): r in [0, 1], float64, (N,)."""
+    return found.agreeing.double() / found.asked
+
+
+def reliable_samples(found: Agreement, confidences: Tensor, *, min_consistency: float, min_confidence: float) -> Tensor:
     """The samples whose label is reliable (eq. 7): more than tau_c of the neighbours agree, and the head is sure.
 
     Args:
-        labels: Cluster of each sample, int64, (N,).
-        confidences: The head's probability of that cluster, float, (N,).
-        neighbors: Row numbers of its nearest neighbours, int64, (N, Ns).
+        found: What the neighbours say.
+        confidences: The head's probability of each sample's cluster, float, (N,).
         min_consistency: tau_c in [0, 1), exclusive.
         min_confidence: In [0, 1), exclusive and compared in the dtype of ``confidences``; 0 gates nothing.
 
     Returns:
         bool, (N,).
-
-    Raises:
-        ValueError: As in ``consistency_ratio``.
     """
     # Counts and not ratios: in float32 the ratio 99/100 is greater than 0.99.
-    needed = min_consistency * neighbors.shape[1] + 1e-9
-    consistent = _num_agreeing(labels, neighbors).double() > needed
+    consistent = found.agreeing.double() > min_consistency * found.asked.double() + 1e-9
     return consistent if min_confidence == 0 else consistent & (confidences > min_confidence)
 
 
@@ -115,15 +156,3 @@ def smallest_cluster_cut(labels: Tensor, reliable: Tensor, num_clusters: int, ke
     for cluster in range(num_clusters):
         weights[shuffled[labels[shuffled] == cluster][:smallest]] = 1.0
     return weights
-
-
-def _num_agreeing(labels: Tensor, neighbors: Tensor) -> Tensor:
-    if neighbors.ndim != 2 or neighbors.shape[1] == 0 or neighbors.shape[0] != len(labels):
-        raise ValueError(
-            f"neighbours of shape {tuple(neighbors.shape)} for {len(labels)} labels; give each label at least one"
-        )
-    agreeing = torch.empty(len(labels), dtype=torch.int64, device=labels.device)
-    for first in range(0, len(labels), _ROWS_PER_BLOCK):
-        rows = slice(first, first + _ROWS_PER_BLOCK)
-        agreeing[rows] = (labels[neighbors[rows]] == labels[rows, None]).sum(dim=1)
-    return agreeing

@@ -65,7 +65,7 @@ class EmbeddingPipeline(Pipeline):
     @property
     def made(self) -> list[Artifact]:
         """Shards, the store, the heads and the reliable labels."""
-        return [self.shards_artifact, self.embedding, self.heads, self.reliable]
+        return [self.shards_artifact, self.embedding, self.heads, self.neighbors, self.reliable]
 
 
 def publish_given(root: Path, print_: str, shards: Shards, train_ids: Ints, views: int, show: Show) -> Artifact:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from spice_ray.config import ImageRecipe
-from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, ENCODER, JOINT
+from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, ENCODER, JOINT, RELIABLE
+from spice_ray.errors import ConfigError
 from spice_ray.image_counts import check_count
+from spice_ray.readers.given_labels import read_given_labels
 from spice_ray.runtime.data import Shards, check_lanes, open_shards
 from spice_ray.runtime.frozen import check_trainable, given_settings, publish_given
-from spice_ray.runtime.inference import publish_assignments, publish_embedding
+from spice_ray.runtime.given_labels import publish_given_labels
+from spice_ray.runtime.inference import publish_assignments, publish_embedding, training_ids
 from spice_ray.runtime.pipeline import Pipeline, Show, settings_of
 from spice_ray.runtime.progress import Done, watched
 from spice_ray.runtime.reliable import why_skip
@@ -35,7 +38,7 @@ class ImagePipeline(Pipeline):
         """
         super().__post_init__()
         check_count(self.recipe, self.pretrain_shards.num_counted, self.train_shards.num_counted)
-        if self.recipe.pretrain.weights is None:
+        if self.recipe.pretrain.weights is None and not self.recipe.is_supervised:
             check_lanes(self.pretrain_shards, self.recipe.pretrain.lanes, "pretrain.lanes")
         check_lanes(self.train_shards, self.recipe.joint.lanes, "joint.lanes")
 
@@ -94,12 +97,36 @@ class ImagePipeline(Pipeline):
         return self._artifact(EMBEDDING, "frozen embedding", "images", settings, parents, make)
 
     @cached_property
+    def reliable(self) -> Artifact:
+        """What stage 3 learns from: reliable pseudo-labels, or labels that are given."""
+        recipe = self.recipe
+        if recipe.reliable.labels is None:
+            return super().reliable
+        given = read_given_labels(recipe.reliable.labels, recipe.num_clusters)
+        heads = None if recipe.is_supervised else self.heads
+        settings = {"labels": given.digest(), "num_clusters": recipe.num_clusters, "protocol": recipe.protocol}
+        parents = [self.shards_artifact] if heads is None else [self.shards_artifact, heads]
+
+        def make(print_: str, progress: Path, show: Show) -> None:
+            shards = self.train_shards
+            publish_given_labels(self._root, print_, given, recipe.num_clusters, shards, training_ids(shards), heads)
+
+        found = self._artifact(RELIABLE, "given labels", "images", settings, parents, make)
+        if found.manifest["left_out"]:
+            self.reporter.note(
+                f"{found.manifest['left_out']} given labels are left out: protocol=split trains on others"
+            )
+        return found
+
+    @cached_property
     def joint(self) -> Artifact:
         """Stage 3."""
-        reliable = self.reliable
+        recipe, reliable = self.recipe, self.reliable
 
         def make(print_: str, progress: Path, show: Show) -> None:
             job, skip = self.joint_job(print_), self.why_skip_joint()
+            if skip is not None and recipe.reliable.labels is not None:
+                raise ConfigError(skip)
             if skip is not None:
                 self.reporter.note(f"stage 3 is skipped: {skip}")
                 publish_skipped(job, skip)
@@ -113,8 +140,14 @@ class ImagePipeline(Pipeline):
         fit(run, job, recipe.scale, recipe.worker_counts, self.run.checkpoints, progress, self.reporter.note)
 
     def make_shared(self) -> Self:
-        """Stages 1 and 2, once, before the trials of a sweep would each make them; gives the run with its K."""
+        """What the trials of a sweep share, once, before each would make it: stages 1 and 2, and the neighbours.
+
+        Gives the run with its K.
+        """
+        if self.recipe.is_supervised:
+            return self
         self.reporter.note(f"stages 1 and 2: {self.heads.path.name}")
+        self.reporter.note(f"neighbours: {self.neighbors.path.name}")
         settled = self.settled
         assert isinstance(settled, ImageRecipe)
         return replace(self, recipe=settled)
@@ -126,15 +159,18 @@ class ImagePipeline(Pipeline):
             ConfigError: It cannot train the encoder that was given.
         """
         recipe = self.recipe
-        check_trainable(recipe, self.encoder.manifest)
+        encoder, heads = (None, None) if recipe.is_supervised else (self.encoder, self.heads)
+        if encoder is not None:
+            check_trainable(recipe, encoder.manifest)
         return JointJob(
             recipe.joint,
             recipe.image,
             self.train_shards,
             recipe.seed,
             self.settled.num_clusters,
-            self.encoder,
-            self.heads,
+            recipe.joint.encoder or recipe.pretrain.encoder,
+            encoder,
+            heads,
             self.reliable,
             self._root,
             print_,
@@ -168,7 +204,15 @@ class ImagePipeline(Pipeline):
     @property
     def made(self) -> list[Artifact]:
         """Shards, and what each stage left behind."""
-        return [self.shards_artifact, self.encoder, self.embedding, self.heads, self.reliable, self.joint]
+        return [
+            self.shards_artifact,
+            self.encoder,
+            self.embedding,
+            self.heads,
+            self.neighbors,
+            self.reliable,
+            self.joint,
+        ]
 
     def _joint_settings(self) -> dict[str, Any]:
         return {"joint": settings_of(self.recipe.joint), "image": settings_of(self.recipe.image), **self._common()}

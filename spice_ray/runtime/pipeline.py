@@ -10,15 +10,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from spice_ray.config import Recipe
-from spice_ray.contracts import CLUSTER_COUNT, HEADS, LABELS, PRIOR, RELIABLE
+from spice_ray.contracts import CLUSTER_COUNT, HEADS, LABELS, NEIGHBORS, PRIOR, RELIABLE
 from spice_ray.core.unsupervised_loss import perfect_loss
 from spice_ray.errors import DamagedError, StorageError
 from spice_ray.image_counts import num_neighbors
@@ -28,11 +26,12 @@ from spice_ray.runtime.cluster_count import TABLE, describe, publish_cluster_cou
 from spice_ray.runtime.data import Shards, open_shards
 from spice_ray.runtime.heads import HeadPool, publish_heads, train_ensemble
 from spice_ray.runtime.inference import training_ids
+from spice_ray.runtime.neighbors import WIDEST, NeighborJob, publish_neighbors, rows_of_part
 from spice_ray.runtime.prior import SHARES, describe_prior, publish_prior
-from spice_ray.runtime.progress import Done, Reporter, watched
+from spice_ray.runtime.progress import Done, ProgressWriter, Reporter, watched
 from spice_ray.runtime.reading import find_damaged
 from spice_ray.runtime.reliable import check_clusters, publish_reliable
-from spice_ray.settings import Settings
+from spice_ray.settings import ADAPTIVE, Settings
 from spice_ray.shards import check_shards, splits_of
 from spice_ray.shares import ESTIMATE
 from spice_ray.stages.kmeans_start import best_start, choose_by_neighbors, fit_starts
@@ -51,6 +50,8 @@ class Pipeline(ABC):
     shards_artifact: Artifact
     labels: Artifact | None
     reporter: Reporter
+    most_neighbors: int = field(default=WIDEST, kw_only=True)
+    """Neighbours that are looked for where reliable labels ask no more: as many as any trial of a sweep asks."""
 
     def __post_init__(self) -> None:
         """Refuse shards that the recipe does not fit.
@@ -175,18 +176,37 @@ class Pipeline(ABC):
         return self._artifact(HEADS, "stage 2: clustering heads", "epochs", settings, [embedding], make)
 
     @cached_property
+    def neighbors(self) -> Artifact:
+        """Who the nearest of each row are, in the embedding: at least as many as the reliable labels ask.
+
+        No fingerprint has it, as the first of more neighbours are the same.
+        """
+        recipe, embedding = self.settled, self.embedding
+        num_rows = self.train_shards.num_counted
+        asked = num_neighbors(recipe.reliable, num_rows, recipe.num_clusters)
+        k = min(max(self.most_neighbors, asked or 0), num_rows - 1)
+        settings = {"neighbors": k, "protocol": recipe.protocol}
+
+        def make(print_: str, progress: Path, show: Show) -> None:
+            part_rows = rows_of_part(num_rows, embedding.manifest["embed_dim"])
+            parts = self.run.checkpoints / f"{NEIGHBORS}-{print_}"
+            job = NeighborJob(embedding.file("embedding.npy"), training_ids(self.train_shards), k, part_rows, parts)
+            tell = ProgressWriter(progress, "all").write
+            watched(lambda: publish_neighbors(self._root, print_, job, recipe.scale, tell), progress, show)
+
+        return self._artifact(NEIGHBORS, "nearest neighbours", "rows", settings, [embedding], make)
+
+    @cached_property
     def reliable(self) -> Artifact:
         """Reliable pseudo-labels."""
         recipe = self.settled
-        heads = self.heads
-        neighbors = num_neighbors(recipe.reliable, self.train_shards.num_counted, recipe.num_clusters)
-        settings = {"reliable": {**settings_of(recipe.reliable), "neighbors": neighbors}, **self._common()}
+        heads, neighbors = self.heads, self.neighbors
+        asked = num_neighbors(recipe.reliable, self.train_shards.num_counted, recipe.num_clusters)
+        settings = {"reliable": {**settings_of(recipe.reliable), "neighbors": asked or ADAPTIVE}, **self._common()}
         settings["reliable"].pop("strict")
 
         def make(print_: str, progress: Path, show: Show) -> None:
-            ids = training_ids(self.train_shards)
-            device = torch.device("cuda" if recipe.scale.gpus_per_worker and torch.cuda.is_available() else "cpu")
-            publish_reliable(self._root, print_, recipe, heads, self.embedding, ids, device)
+            publish_reliable(self._root, print_, recipe, heads, neighbors, training_ids(self.train_shards))
 
         found = self._artifact(RELIABLE, "reliable pseudo-labels", "images", settings, [heads], make)
         check_clusters(found, recipe)
@@ -199,10 +219,11 @@ class Pipeline(ABC):
     def finish(self) -> Artifact:
         """Run all stages and give the user the tables."""
         result = self.assignments
-        self._tell_loss()
         self.run.publish_table(result, "assignments.parquet")
         self.run.publish_table(self.shards_artifact, "rejects.parquet")
         prints = {artifact.kind: artifact.fingerprint for artifact in (*self.made, result)}
+        if HEADS in prints:
+            self._tell_loss()
         found = [artifact for artifact in (self.cluster_count, self.prior) if artifact is not None]
         if found:
             prints |= {artifact.kind: artifact.fingerprint for artifact in found}

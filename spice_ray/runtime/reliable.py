@@ -15,7 +15,8 @@ from spice_ray.contracts import RELIABLE
 from spice_ray.core.order import stream_key
 from spice_ray.errors import ConfigError
 from spice_ray.image_counts import num_neighbors
-from spice_ray.stages.select_reliable import ReliableSamples, select_reliable
+from spice_ray.settings import ADAPTIVE
+from spice_ray.stages.select_reliable import select_reliable
 from spice_ray.storage import Artifact, publish
 
 
@@ -33,36 +34,41 @@ class ReliableTable(NamedTuple):
 
 
 def publish_reliable(
-    root: Path,
-    print_: str,
-    recipe: Recipe,
-    heads: Artifact,
-    embedding: Artifact,
-    train_ids: NDArray[np.int64],
-    device: torch.device,
+    root: Path, print_: str, recipe: Recipe, heads: Artifact, neighbors: Artifact, train_ids: NDArray[np.int64]
 ) -> Artifact:
     """Find the reliable samples among ``train_ids`` and publish them."""
     labels = np.load(heads.file("assignments.npy"), mmap_mode="r")
     confidences = np.load(heads.file("confidences.npy"), mmap_mode="r")
-    embeddings = np.load(embedding.file("embedding.npy"), mmap_mode="r")
-    neighbors = num_neighbors(recipe.reliable, len(train_ids), recipe.num_clusters)
+    # Copy on write: torch warns of what cannot be written.
+    nearest = np.load(neighbors.file("neighbors.npy"), mmap_mode="c")
+    asked = num_neighbors(recipe.reliable, len(train_ids), recipe.num_clusters)
     found = select_reliable(
         recipe.reliable,
-        torch.from_numpy(embeddings[train_ids]),
+        torch.from_numpy(nearest),
         torch.from_numpy(labels[train_ids]),
         torch.from_numpy(confidences[train_ids]),
         num_clusters=recipe.num_clusters,
-        neighbors=neighbors,
+        asked=asked,
         key=stream_key(recipe.seed, "balance"),
-        device=device,
+    )
+
+    table = ReliableTable(
+        torch.from_numpy(np.array(labels)),
+        _by_id(found.consistency, train_ids, torch.full((len(labels),), torch.nan, dtype=torch.float64)),
+        _by_id(found.weights, train_ids, torch.zeros(len(labels))),
+        _disagreement(heads),
     )
 
     def write(folder: Path) -> dict[str, Any]:
-        table = _table(np.asarray(labels), train_ids, found, _disagreement(heads))
-        pq.write_table(table, folder / "reliable.parquet")
-        return {"neighbors": neighbors, "kept": found.kept, "num_train": len(train_ids)}
+        write_reliable(folder, table)
+        return {"neighbors": asked or ADAPTIVE, "kept": found.kept, "num_train": len(train_ids)}
 
     return publish(root, RELIABLE, print_, write)
+
+
+def _by_id(values: Tensor, ids: NDArray[np.int64], others: Tensor) -> Tensor:
+    """``values`` at ``ids`` among ``others``."""
+    return others.index_copy(0, torch.from_numpy(ids), values)
 
 
 def check_clusters(reliable: Artifact, recipe: Recipe) -> None:
@@ -79,8 +85,14 @@ def check_clusters(reliable: Artifact, recipe: Recipe) -> None:
         )
 
 
+def write_reliable(folder: Path, table: ReliableTable) -> None:
+    """Write what the artifact holds."""
+    columns = {name: values.numpy() for name, values in table._asdict().items()}
+    pq.write_table(pa.table({"sample_id": np.arange(len(table.labels)), **columns}), folder / "reliable.parquet")
+
+
 def read_reliable(artifact: Artifact) -> ReliableTable:
-    """Read what :func:`publish_reliable` wrote."""
+    """Read what :func:`write_reliable` wrote."""
     table = pq.read_table(artifact.file("reliable.parquet"))
     return ReliableTable(*(torch.from_numpy(table[name].to_numpy().copy()) for name in ReliableTable._fields))
 
@@ -105,35 +117,24 @@ def why_skip(reliable: Artifact, recipe: Recipe, files: list[int], num_lanes: in
         num_lanes: G of stage 3.
     """
     filled = sum(kept > 0 for kept in reliable.manifest["kept"])
+    # Of given labels there are two or more.
     if filled < 2:
         return f"{filled} of {recipe.num_clusters} clusters have reliable samples and 2 are needed; {advice(recipe)}"
     file_of = np.repeat(np.arange(len(files)), files)
     weights = read_reliable(reliable).weights.numpy()
     lanes = np.bincount(file_of[weights > 0] % num_lanes, minlength=num_lanes)
     if (lanes == 0).any():
+        samples, remedy = (
+            ("reliable samples", advice(recipe)) if "neighbors" in reliable.manifest else ("given labels", "give more")
+        )
         return (
-            f"{int((weights > 0).sum())} reliable samples leave one of joint.lanes={num_lanes} lanes without any; "
-            f"{advice(recipe)}, or lower joint.lanes"
+            f"{int((weights > 0).sum())} {samples} leave one of joint.lanes={num_lanes} lanes without any; "
+            f"{remedy}, or lower joint.lanes"
         )
     return None
 
 
-def _disagreement(heads: Artifact) -> NDArray[np.float32]:
+def _disagreement(heads: Artifact) -> Tensor:
     if "disagreement.npy" in {file.name for file in heads.path.iterdir()}:
-        return np.load(heads.file("disagreement.npy"))
-    return np.full(len(np.load(heads.file("assignments.npy"), mmap_mode="r")), np.nan, np.float32)
-
-
-def _table(
-    labels: NDArray[np.int64],
-    train_ids: NDArray[np.int64],
-    found: ReliableSamples,
-    disagreement: NDArray[np.float32],
-) -> pa.Table:
-    consistency = np.full(len(labels), np.nan)
-    consistency[train_ids] = found.consistency.cpu().numpy()
-    weights = np.zeros(len(labels), np.float32)
-    weights[train_ids] = found.weights.cpu().numpy()
-    ids = np.arange(len(labels))
-    columns = {"labels": labels, "consistency": consistency, "weights": weights, "disagreement": disagreement}
-    return pa.table({"sample_id": ids, **columns})
+        return torch.from_numpy(np.load(heads.file("disagreement.npy")))
+    return torch.full((len(np.load(heads.file("assignments.npy"), mmap_mode="r")),), torch.nan)

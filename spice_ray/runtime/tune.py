@@ -28,6 +28,7 @@ from spice_ray.run_folder import RunFolder, science
 from spice_ray.runtime.image_pipeline import ImagePipeline
 from spice_ray.runtime.inference import final_loss, readable_ids, training_ids
 from spice_ray.runtime.memory import image_budget
+from spice_ray.runtime.neighbors import WIDEST
 from spice_ray.runtime.progress import Done, ProgressWriter, watched
 from spice_ray.runtime.weights import load_joint
 from spice_ray.runtime.workers import Host, augmentation_of, publish_skipped, run_joint
@@ -66,7 +67,8 @@ def run_sweep(pipeline: ImagePipeline, settings: Sweep, name: str) -> list[dict[
     Raises:
         TrainingError: No trial came to an end.
     """
-    pipeline = pipeline.make_shared()
+    asked = (value for value in settings.space.get("reliable.neighbors", []) if isinstance(value, int))
+    pipeline = replace(pipeline, most_neighbors=max(WIDEST, *asked)).make_shared()
     folder = pipeline.run.path / "sweeps" / name
     folder.mkdir(parents=True, exist_ok=True)
     progress = pipeline.run.progress("sweep")

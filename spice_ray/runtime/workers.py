@@ -22,7 +22,7 @@ from spice_ray.runtime.reliable import read_reliable
 from spice_ray.runtime.weights import load_encoder, load_head, save_weights
 from spice_ray.settings import Image, Joint, Pretrain
 from spice_ray.stages.pretrain import pretrain
-from spice_ray.stages.train_joint import train_joint
+from spice_ray.stages.train_joint import TrainedJoint, train_joint
 from spice_ray.storage import Artifact, publish
 
 
@@ -49,8 +49,11 @@ class JointJob:
     shards: Shards
     seed: int
     num_clusters: int
-    encoder: Artifact
-    heads: Artifact
+    arch: str
+    """The encoder that is trained."""
+    encoder: Artifact | None
+    heads: Artifact | None
+    """None, both, where labels are given and nothing of stages 1 and 2 is needed."""
     reliable: Artifact
     root: Path
     fingerprint: str
@@ -122,7 +125,7 @@ def run_joint(job: JointJob, host: Host) -> None:
     known = Stream(stream_key(job.seed, "labelled"), rows, window, with_replacement, table.weights > 0)
     everything = Stream(stream_key(job.seed, "unlabelled"), rows * settings.unlabelled_ratio, window)
     with fed(job.shards, settings.lanes, host, known, everything) as (labelled, unlabelled):
-        model = train_joint(
+        trained = train_joint(
             settings,
             initial_joint(job),
             labelled,
@@ -137,37 +140,43 @@ def run_joint(job: JointJob, host: Host) -> None:
             accumulate=host.accumulate,
         )
     if collectives.rank() == 0:
-        publish_joint(job, model, skipped=None)
+        publish_joint(job, trained, skipped=None)
 
 
 def initial_joint(job: JointJob) -> JointModel:
     """Where stage 3 starts: the result of stages 1 and 2, or random weights."""
     if job.settings.init == "stage2":
-        return JointModel(load_encoder(job.encoder), load_head(job.heads))
-    encoder = build_encoder(joint_arch(job), stream_key(job.seed, "joint", "encoder"))
+        model = stages_before(job)
+        columns = job.reliable.manifest.get("columns")
+        if columns is not None:
+            model.head.reorder(torch.tensor(columns))
+        return model
+    encoder = build_encoder(job.arch, stream_key(job.seed, "joint", "encoder"))
     return JointModel(encoder, ClusterHead(encoder.embed_dim, job.num_clusters, stream_key(job.seed, "joint", "head")))
 
 
-def joint_arch(job: JointJob) -> str:
-    """The encoder that stage 3 trains."""
-    return job.settings.encoder or str(job.encoder.manifest["arch"])
+def stages_before(job: JointJob) -> JointModel:
+    """The result of stages 1 and 2 (SPICE_s)."""
+    assert job.encoder is not None
+    assert job.heads is not None
+    return JointModel(load_encoder(job.encoder), load_head(job.heads))
 
 
 def publish_skipped(job: JointJob, reason: str) -> None:
-    """Publish the result of stages 1 and 2 (SPICE_s) where stage 3 cannot be trained."""
-    publish_joint(job, JointModel(load_encoder(job.encoder), load_head(job.heads)), skipped=reason)
+    """Publish the result of stages 1 and 2 where stage 3 cannot be trained."""
+    publish_joint(job, TrainedJoint(stages_before(job), steps=0), skipped=reason)
 
 
-def publish_joint(job: JointJob, model: JointModel, skipped: str | None) -> Artifact:
+def publish_joint(job: JointJob, trained: TrainedJoint, skipped: str | None) -> Artifact:
     """Publish a classifier; ``skipped`` says why stage 3 was not trained, None that it was."""
 
     def write(folder: Path) -> dict[str, Any]:
-        save_weights(model, folder / "joint.safetensors")
-        arch = joint_arch(job) if skipped is None else job.encoder.manifest["arch"]
+        save_weights(trained.model, folder / "joint.safetensors")
         return {
-            "arch": arch,
+            "arch": job.arch if job.encoder is None or skipped is None else job.encoder.manifest["arch"],
             "image_size": job.image.size,
             "num_clusters": job.num_clusters,
+            "steps": trained.steps,
             "skipped": skipped,
         }
 

@@ -5,12 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spice_ray.core.neighbors import exact_neighbors
 from spice_ray.core.reliability import (
+    agreement,
     cluster_weights,
     consistency_ratio,
     equal_weights,
     kept_per_cluster,
+    neighbors_by_cluster,
     reliable_samples,
     smallest_cluster_cut,
 )
@@ -30,36 +31,33 @@ class ReliableSamples(NamedTuple):
 
 def select_reliable(
     settings: Reliable,
-    embeddings: Tensor,
+    nearest: Tensor,
     labels: Tensor,
     confidences: Tensor,
     *,
     num_clusters: int,
-    neighbors: int,
+    asked: int | None,
     key: int,
-    device: torch.device,
 ) -> ReliableSamples:
     """Keep the samples whose label most of their neighbours share.
 
     Args:
         settings: The recipe's thresholds and balancing.
-        embeddings: Unit rows, float32, (N, D).
+        nearest: Row numbers of each sample's neighbours, the nearest first, int64 or int32, (N, k).
         labels: The chosen head's, int64, (N,).
         confidences: Its probability of them, float32, (N,).
         num_clusters: K.
-        neighbors: Ns.
+        asked: Ns, at most k; None: by the size of each sample's cluster.
         key: Decides which samples a balancing cut leaves out.
-        device: Where to look for neighbours.
     """
-    nearest, _ = exact_neighbors(embeddings, neighbors, device=device)
-    nearest = nearest.to(labels.device)
-    consistency = consistency_ratio(labels, nearest)
+    if asked is None:
+        counts = neighbors_by_cluster(labels, num_clusters, nearest.shape[1])
+    else:
+        counts = torch.full_like(labels, asked)
+    found = agreement(labels, nearest, counts)
+    consistency = consistency_ratio(found)
     reliable = reliable_samples(
-        labels,
-        confidences,
-        nearest,
-        min_consistency=settings.min_consistency,
-        min_confidence=settings.min_confidence,
+        found, confidences, min_consistency=settings.min_consistency, min_confidence=settings.min_confidence
     )
     match settings.balance:
         case "none":

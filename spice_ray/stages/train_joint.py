@@ -1,7 +1,7 @@
 """Stage 3: encoder and head are trained together on reliable pseudo-labels and all images (SPICE III-C)."""
 
 import copy
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -9,12 +9,28 @@ from torch import Tensor
 from spice_ray.contracts import Batch, Progress, Wrap
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation
-from spice_ray.core.joint import JointModel, consistency_loss, seven_sixteenths_cosine, supervised_loss, update_ema
+from spice_ray.core.joint import (
+    JointModel,
+    agreeing_share,
+    consistency_loss,
+    seven_sixteenths_cosine,
+    supervised_loss,
+    update_ema,
+)
 from spice_ray.core.lanes import Lanes
 from spice_ray.core.order import stream_key
 from spice_ray.settings import Joint
 from spice_ray.stages.accumulation import Parts, exchange
 from spice_ray.stages.optimizers import build_optimizer, set_lr
+from spice_ray.stages.plateau import Plateau
+
+
+class TrainedJoint(NamedTuple):
+    """What stage 3 gives."""
+
+    model: JointModel
+    """With the moving average of the weights."""
+    steps: int
 
 
 def train_joint(
@@ -31,7 +47,7 @@ def train_joint(
     wrap: Wrap,
     progress: Progress,
     accumulate: int = 1,
-) -> JointModel:
+) -> TrainedJoint:
     """Train a classifier on reliable pseudo-labels, and on its own confident predictions of all images.
 
     Args:
@@ -49,19 +65,20 @@ def train_joint(
         accumulate: Parts of whole lanes that each batch is computed in, with the same result; a divisor of the lanes.
 
     Returns:
-        The model with the moving average of the weights, equal on all workers.
+        The model, equal on all workers, and after how many steps.
     """
     trainer = _FixMatch(settings, model, Parts(labelled.num_lanes, accumulate), augmentation, seed, device, wrap)
     labels, weights = labels.to(device), weights.to(device)
-    start = trainer.restore(progress.restore())
-    for step in range(start, settings.steps):
-        set_lr(trainer.optimizer, settings.lr * seven_sixteenths_cosine(step, settings.steps))
+    step, total = trainer.restore(progress.restore()), settings.steps
+    while step < total and not trainer.is_over:
+        set_lr(trainer.optimizer, settings.lr * seven_sixteenths_cosine(step, total))
         known = labelled.batch(step)
         ids = known.sample_ids
-        loss = trainer.step(known, labels[ids], weights[ids], unlabelled.batch(step))
-        progress.advance(step + 1, settings.steps, loss, lambda done=step + 1: trainer.state(done))  # type: ignore[misc]
+        loss = trainer.step(step + 1, known, labels[ids], weights[ids], unlabelled.batch(step))
+        step += 1
+        progress.advance(step, step if trainer.is_over else total, loss, lambda done=step: trainer.state(done))  # type: ignore[misc]
     collectives.average_buffers(trainer.ema)
-    return trainer.ema
+    return TrainedJoint(trainer.ema, step)
 
 
 class _FixMatch:
@@ -84,26 +101,35 @@ class _FixMatch:
         self.optimizer = build_optimizer(
             settings.optimizer, self.bare, settings.lr, settings.weight_decay, nesterov=True
         )
+        self.plateau = None if settings.patience is None else Plateau(settings.patience, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
         self.keys = {name: stream_key(seed, "joint", name) for name in ("labelled", "weak", "strong")}
 
-    def step(self, known: Batch, labels: Tensor, weights: Tensor, unknown: Batch) -> Tensor:
-        """One optimiser step; gives the global batch's mean loss."""
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing more to gain."""
+        return self.plateau is not None and self.plateau.is_over
+
+    def step(self, number: int, known: Batch, labels: Tensor, weights: Tensor, unknown: Batch) -> Tensor:
+        """Optimiser step ``number``, counted from 1; gives the global batch's mean loss."""
         labelled = self.augmentation.weak(known.images, known.draws, self.keys["labelled"])
         weak = self.augmentation.weak(unknown.images, unknown.draws, self.keys["weak"])
         strong = self.augmentation.strong(unknown.images, unknown.draws, self.keys["strong"])
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.learn(labelled, labels, weights, weak, strong)
+        figures = self.learn(labelled, labels, weights, weak, strong)
         self.optimizer.step()
         update_ema(self.ema, self.bare, self.settings.ema)
-        return collectives.mean_over_workers(loss)
+        figures = collectives.mean_over_workers(figures)
+        if self.plateau is not None:
+            self.plateau.add(number, figures[1])
+        return figures[0]
 
     def learn(self, labelled: Tensor, labels: Tensor, weights: Tensor, weak: Tensor, strong: Tensor) -> Tensor:
-        """Add the gradient of this worker's rows, part after part; gives their mean loss."""
+        """Add the gradient of this worker's rows, part after part; gives their mean loss, and the agreeing share."""
         split, count = self.parts.split, self.parts.count
         ahead = [None] * count if self.settings.one_pass else self.predict_ahead(split(weak))
         rows = zip(split(labelled), split(labels), split(weights), split(weak), ahead, split(strong), strict=True)
-        losses = []
+        figures = []
         for part, (known, known_labels, known_weights, weak_view, targets, strong_view) in zip(
             self.parts.turns(self.bare), rows, strict=True
         ):
@@ -116,8 +142,11 @@ class _FixMatch:
                 unlabelled_loss = consistency_loss(targets, strong_logits, self.settings.confidence)
                 loss = loss + self.settings.unlabelled_weight * unlabelled_loss
                 (loss / count).backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).mean()
+            told = [loss.detach()]
+            if self.plateau is not None:
+                told.append(agreeing_share(targets, strong_logits, self.settings.confidence))
+            figures.append(torch.stack(told))
+        return torch.stack(figures).mean(dim=0)
 
     def predict(self, *views: Tensor) -> list[Tensor]:
         """Logits of batches in one pass; rows stay interleaved over lanes when batches are laid end to end."""
@@ -139,6 +168,7 @@ class _FixMatch:
             "buffers": collectives.stacked_buffers(self.bare),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "plateau": None if self.plateau is None else self.plateau.state(),
         }
 
     def restore(self, state: dict[str, Any] | None) -> int:
@@ -150,4 +180,6 @@ class _FixMatch:
         self.ema.load_state_dict(state["ema"])
         collectives.restore_buffers(self.ema, state["buffers"])  # copies, as after every step
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.plateau is not None:
+            self.plateau.load(state["plateau"])
         return cast(int, state["step"])

@@ -9,7 +9,14 @@ from torch.nn import functional as F
 
 from spice_ray.core.encoders import build_encoder
 from spice_ray.core.heads import ClusterHead
-from spice_ray.core.joint import JointModel, consistency_loss, seven_sixteenths_cosine, supervised_loss, update_ema
+from spice_ray.core.joint import (
+    JointModel,
+    agreeing_share,
+    consistency_loss,
+    seven_sixteenths_cosine,
+    supervised_loss,
+    update_ema,
+)
 
 
 def joint_model(key: int) -> JointModel:
@@ -54,6 +61,15 @@ def test_no_gradient_reaches_the_weak_views():
     assert weak.grad is None
     expected = (torch.full((3, 3), 1 / 3) - torch.eye(3)) / 3
     torch.testing.assert_close(strong.grad, expected)
+
+
+def test_the_agreeing_share_counts_rows_that_are_confident_and_have_one_cluster_in_both_views():
+    # Weak probabilities 0.9, 0.9, 0.5 and 0.75; the second row's strong view is of another cluster.
+    weak = torch.tensor([[math.log(9.0), 0.0], [0.0, math.log(9.0)], [0.0, 0.0], [math.log(3.0), 0.0]])
+    strong = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    assert agreeing_share(weak, strong, 0.8).item() == 0.25
+    assert agreeing_share(weak, strong, 0.7).item() == 0.5
+    assert agreeing_share(weak, strong, 0.95).item() == 0
 
 
 def test_consistency_is_the_slow_loop_on_random_logits():

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from spice_ray.core import neighbor_candidates, neighbors
 from spice_ray.core.neighbor_candidates import CandidateBank, Pairs, cheap_dtype
-from spice_ray.core.neighbors import exact_neighbors, neighbors_of_rows
+from spice_ray.core.neighbors import NeighborSearch, exact_neighbors
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -93,7 +93,7 @@ def test_float32_products_that_may_be_less_are_not_taken(monkeypatch: pytest.Mon
     try:
         assert cheap_dtype() is None
         rows = random_rows(17_000, 8)
-        assert torch.equal(neighbors_of_rows(rows, 5, 9, 3)[0], slow_neighbors(rows, 5, 9, 3)[0])
+        assert torch.equal(NeighborSearch(rows, 3).find(5, 9)[0], slow_neighbors(rows, 5, 9, 3)[0])
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -129,17 +129,17 @@ def slow_neighbors(rows: Tensor, start: int, stop: int, k: int) -> tuple[Tensor,
 def test_neighbors_of_many_rows_are_those_of_a_whole_float64_product(k: int) -> None:
     rows = random_rows(20_000, 48)
     rows[15_000:15_200] = rows[:200]  # exact ties
-    ids, similarities = neighbors_of_rows(rows, 4_990, 5_090, k)
+    ids, similarities = NeighborSearch(rows, k).find(4_990, 5_090)
     expected, values = slow_neighbors(rows, 4_990, 5_090, k)
     assert torch.equal(ids, expected)
     assert torch.equal(similarities, values)
-    tied, _ = neighbors_of_rows(rows, 15_000, 15_100, k)
+    tied, _ = NeighborSearch(rows, k).find(15_000, 15_100)
     assert tied[:, 0].tolist() == list(range(100))
 
 
 def test_many_rows_that_are_all_alike_are_compared_one_and_all() -> None:
     rows = normalize(torch.ones(1, 4)).repeat(17_000, 1)
-    ids, _ = neighbors_of_rows(rows, 3, 5, 4)
+    ids, _ = NeighborSearch(rows, 4).find(3, 5)
     assert ids.tolist() == [[0, 1, 2, 4], [0, 1, 2, 3]]
 
 
@@ -147,7 +147,7 @@ def test_shares_of_many_rows_put_together_are_the_whole_answer() -> None:
     rows = random_rows(17_000, 16)
     whole = exact_neighbors(rows, 6)
     cuts = [0, 1, 5_000, 17_000]
-    shares = [neighbors_of_rows(rows.numpy(), a, b, 6) for a, b in itertools.pairwise(cuts)]
+    shares = [NeighborSearch(rows.numpy(), 6).find(a, b) for a, b in itertools.pairwise(cuts)]
     for part in (0, 1):
         assert torch.equal(torch.cat([share[part] for share in shares]), whole[part])
 
@@ -157,7 +157,7 @@ def only_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         pytest.fail("all rows were compared exactly")
 
-    monkeypatch.setattr(neighbors._Search, "_best_of_all", refuse)
+    monkeypatch.setattr(neighbors.NeighborSearch, "_best_of_all", refuse)
 
 
 @pytest.mark.usefixtures("only_candidates")
@@ -169,7 +169,7 @@ def test_mapped_rows_of_several_tiles_are_found_by_candidates_alone(
     rows = random_rows(40_001, 24)
     np.save(tmp_path / "rows.npy", rows.numpy())
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
-    ids, similarities = neighbors_of_rows(mapped, 39_951, 40_001, 20)
+    ids, similarities = NeighborSearch(mapped, 20).find(39_951, 40_001)
     expected, values = slow_neighbors(rows, 39_951, 40_001, 20)
     assert torch.equal(ids, expected)
     assert torch.equal(similarities, values)
@@ -180,7 +180,7 @@ def test_mapped_rows_of_several_tiles_are_found_by_candidates_alone(
 def test_float64_rows_are_taken_as_float32(num_rows: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbors, "_KEPT_BYTES", kept)
     rows = normalize(torch.randn(num_rows, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
-    found = neighbors_of_rows(rows.requires_grad_(), 0, 50, 5)
+    found = NeighborSearch(rows.requires_grad_(), 5).find(0, 50)
     expected = slow_neighbors(rows.detach().float(), 0, 50, 5)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
@@ -189,12 +189,12 @@ def test_float64_rows_are_taken_as_float32(num_rows: int, kept: int, monkeypatch
 def test_memory_is_bounded_where_candidates_are_compared() -> None:
     program = """
 import resource, torch
-from spice_ray.core.neighbors import neighbors_of_rows
+from spice_ray.core.neighbors import NeighborSearch
 generator = torch.Generator().manual_seed(0)
 rows = torch.nn.functional.normalize(torch.randn(200_000, 64, generator=generator))
-neighbors_of_rows(rows[:20_000], 0, 1024, 100)
+NeighborSearch(rows[:20_000], 100).find(0, 1024)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-neighbors_of_rows(rows, 0, 1024, 100)
+NeighborSearch(rows, 100).find(0, 1024)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from spice_ray.core.neighbors import exact_neighbors, neighbors_of_rows
+from spice_ray.core.neighbors import NeighborSearch, exact_neighbors
 
 
 def coarse_unit_rows(num_rows: int, width: int, seed: int) -> NDArray[np.float32]:
@@ -72,7 +72,7 @@ def test_the_answer_does_not_depend_on_the_block_down_to_the_last_bit() -> None:
 def test_shares_of_the_rows_put_together_are_the_whole_answer(num_workers: int) -> None:
     rows = random_unit_rows(101, 33)
     cuts = [101 * worker // num_workers for worker in range(num_workers + 1)]
-    shares = [neighbors_of_rows(rows, a, b, 9, block=16) for a, b in pairwise(cuts)]
+    shares = [NeighborSearch(rows, 9, block=16).find(a, b) for a, b in pairwise(cuts)]
     ids, similarities = exact_neighbors(rows, 9, block=40)
     assert torch.equal(torch.cat([share[0] for share in shares]), ids)
     assert torch.equal(torch.cat([share[1] for share in shares]), similarities)
@@ -120,7 +120,7 @@ def test_a_block_without_rows_is_refused() -> None:
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 5)])
 def test_rows_outside_the_store_are_refused(start: int, stop: int) -> None:
     with pytest.raises(ValueError, match=f"rows {start} to {stop} of 4"):
-        neighbors_of_rows(random_unit_rows(4, 3), start, stop, 1)
+        NeighborSearch(random_unit_rows(4, 3), 1).find(start, stop)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

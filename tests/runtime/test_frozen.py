@@ -28,6 +28,7 @@ from spice_ray.runtime.progress import Done
 from spice_ray.runtime.tune import SilentReporter
 from spice_ray.runtime.weights import load_encoder, load_joint, read_given, save_weights
 from spice_ray.runtime.workers import JointJob, initial_joint, publish_joint
+from spice_ray.stages.train_joint import TrainedJoint
 from spice_ray.storage import fingerprint, open_artifact, publish
 from tests.library_models import classifier_input
 from tests.made_shards import SIZE, make_shards
@@ -165,7 +166,17 @@ def test_stage_3_begins_with_given_weights_and_its_result_is_built_again(tmp_pat
     heads = publish(root, "heads", "0b", write)
     settings = pipeline.recipe
     job = JointJob(
-        settings.joint, settings.image, pipeline.train_shards, 0, 3, pipeline.encoder, heads, heads, root, "0c"
+        settings.joint,
+        settings.image,
+        pipeline.train_shards,
+        0,
+        3,
+        settings.pretrain.encoder,
+        pipeline.encoder,
+        heads,
+        heads,
+        root,
+        "0c",
     )
     model = initial_joint(job)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -173,7 +184,7 @@ def test_stage_3_begins_with_given_weights_and_its_result_is_built_again(tmp_pat
     assert all(isinstance(norm, LaneBatchNorm2d) for norm in norms)
     images = torch.randn(2, 3, SIZE, SIZE)
     torch.testing.assert_close(model.eval()(images), head(classifier_input(net, images)), rtol=1e-4, atol=1e-4)
-    again = load_joint(publish_joint(job, model, skipped=None)).eval()
+    again = load_joint(publish_joint(job, TrainedJoint(model, 0), skipped=None)).eval()
     assert torch.equal(again(images), model(images))
 
 

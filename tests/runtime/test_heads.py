@@ -27,6 +27,7 @@ from spice_ray.stages.features import Features
 from spice_ray.stages.kmeans_start import Choice, fit_starts
 from spice_ray.stages.train_heads import TrainedHead, train_heads
 from spice_ray.storage import Artifact, publish, read_json
+from tests.processes import own_actors
 
 NUM_IMAGES, WIDTH = 120, 8
 
@@ -211,9 +212,7 @@ def test_a_killed_actor_is_started_again_and_goes_on_from_its_checkpoint(
     while not state_file(folder / "finished", [0]).exists():
         assert thread.is_alive()
         time.sleep(0.01)
-    # This test's own: other programs on the machine may train heads too.
-    mine = [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if os.getpid() in ancestors_of(pid)]
-    (actor,) = [pid for pid in mine if read_process(pid, "cmdline").startswith("ray::HeadActor")]
+    (actor,) = own_actors("HeadActor")
     os.kill(actor, signal.SIGKILL)
     (progress,) = (folder / "progress").glob("*.json")
     progress.unlink()
@@ -224,21 +223,6 @@ def test_a_killed_actor_is_started_again_and_goes_on_from_its_checkpoint(
         time.sleep(0.01)
     assert same(found[0], undisturbed)
     assert 0 < done[0] < 400
-
-
-def ancestors_of(pid: int) -> list[int]:
-    found = []
-    while pid > 1:
-        pid = int(read_process(pid, "stat").rpartition(")")[2].split()[1] or 0)
-        found.append(pid)
-    return found
-
-
-def read_process(pid: int, name: str) -> str:
-    try:
-        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
-    except OSError:
-        return ") gone 0"  # it has ended
 
 
 # Going on

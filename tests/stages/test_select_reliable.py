@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spice_ray.core.neighbors import exact_neighbors
 from spice_ray.settings import Reliable
 from spice_ray.stages.select_reliable import ReliableSamples, select_reliable
 
@@ -20,21 +21,22 @@ CONSISTENCY = [1, 1, 1, 1, 0.5, 0.5, 0, 1, 1, 1]
 
 def select(confidences: Tensor = SURE, key: int = 0, **changes) -> ReliableSamples:
     settings = Reliable(**({"min_consistency": 0.5} | changes))
-    return select_reliable(
-        settings,
-        EMBEDDINGS,
-        LABELS,
-        confidences,
-        num_clusters=3,
-        neighbors=2,
-        key=key,
-        device=torch.device("cpu"),
-    )
+    nearest = exact_neighbors(EMBEDDINGS, 2)[0]
+    return select_reliable(settings, nearest, LABELS, confidences, num_clusters=3, asked=2, key=key)
 
 
 def test_consistency_is_the_share_of_neighbours_with_the_same_label_the_sample_left_out():
     assert select().consistency.tolist() == CONSISTENCY
     assert select().consistency.dtype == torch.float64
+
+
+def test_an_adaptive_number_is_that_of_the_own_cluster():
+    labels = torch.tensor([0] * 90 + [1] * 12)
+    # The nearest 15 of the small cluster's samples are its 11 others and then the large one's.
+    nearest = torch.stack([torch.arange(15)] * 90 + [torch.tensor([*range(90, 101), 0, 1, 2, 3])] * 12)
+    settings, sure = Reliable(min_consistency=0.9, neighbors="adaptive"), torch.ones(102)
+    assert select_reliable(settings, nearest, labels, sure, num_clusters=2, asked=None, key=0).kept == [90, 12]
+    assert select_reliable(settings, nearest, labels, sure, num_clusters=2, asked=15, key=0).kept == [90, 0]
 
 
 def test_a_ratio_at_the_threshold_is_not_reliable():

@@ -1,5 +1,6 @@
 """Stage 3 in plain torch: against a slow twin, over 1, 2 and 4 real workers, and interrupted."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from spice_ray.core.joint import JointModel
 from spice_ray.core.lanes import ResidentLanes, Stream
 from spice_ray.core.order import stream_key, with_replacement
 from spice_ray.settings import Joint
-from spice_ray.stages.train_joint import train_joint
+from spice_ray.stages.train_joint import TrainedJoint, train_joint
 from tests.small_lanes import resident
 
 CPU = torch.device("cpu")
@@ -98,7 +99,7 @@ def wrap(module):
 
 def train(joint: Joint, family: str, recorder: Recorder, accumulate: int = 1) -> JointModel:
     labelled, unlabelled = streams(joint.lanes)
-    return train_joint(
+    trained = train_joint(
         joint,
         initial_model(),
         labelled,
@@ -112,6 +113,8 @@ def train(joint: Joint, family: str, recorder: Recorder, accumulate: int = 1) ->
         progress=recorder,
         accumulate=accumulate,
     )
+    assert trained.steps == STEPS
+    return trained.model
 
 
 def train_case(case: str, recorder: Recorder, accumulate: int = 1) -> dict[str, Any]:
@@ -288,6 +291,44 @@ def test_every_weight_learns_in_every_precision(precision, one_pass):
     trained = train(joint, "natural", Recorder())
     for before, (name, after) in zip(initial_model().parameters(), trained.named_parameters(), strict=True):
         assert not torch.equal(before, after), name
+
+
+class Steps:
+    """Counts steps; with ``stop``, keeps the state after that step and interrupts the loop."""
+
+    def __init__(self, state: dict[str, Any] | None = None, stop: int | None = None) -> None:
+        self.state, self.stop = state, stop
+        self.told: list[tuple[int, int]] = []
+
+    def restore(self):
+        return self.state
+
+    def advance(self, step, total, loss, snapshot):
+        self.told.append((step, total))
+        if step == self.stop:
+            self.state = copy.deepcopy(snapshot())
+            raise KilledError
+
+
+def train_patiently(recorder: Steps) -> TrainedJoint:
+    # Nothing is ever so sure: the agreeing share stays 0.
+    joint = settings(steps=1000, patience=100, confidence=0.999999)
+    labelled, unlabelled = streams()
+    known = {"labels": LABELS, "weights": WEIGHTS, "seed": SEED, "device": CPU, "wrap": wrap, "progress": recorder}
+    return train_joint(joint, initial_model(), labelled, unlabelled, augmentation("digits"), **known)
+
+
+def test_training_that_gains_nothing_any_more_ends_early_and_stays_so_when_it_is_resumed():
+    whole = Steps()
+    assert train_patiently(whole).steps == 100
+    assert whole.told[-2:] == [(99, 1000), (100, 100)]
+    for stop in (60, 100):
+        interrupted = Steps(stop=stop)
+        with pytest.raises(KilledError):
+            train_patiently(interrupted)
+        resumed = Steps(interrupted.state)
+        assert train_patiently(resumed).steps == 100
+        assert interrupted.told + resumed.told == whole.told
 
 
 if __name__ == "__main__":

@@ -1,0 +1,176 @@
+"""Nearest neighbours as an artifact: rows are shared among Ray actors, each of which looks for theirs among all."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.util
+import torch
+from numpy.typing import NDArray
+
+from spice_ray.config import Scale
+from spice_ray.contracts import NEIGHBORS
+from spice_ray.core.neighbors import NeighborSearch
+from spice_ray.runtime.cluster import num_workers
+from spice_ray.runtime.memory import free_on_device
+from spice_ray.storage import Artifact, publish, reporting_disk_errors
+
+WIDEST = 100
+"""Neighbours that are looked for at least, where there are so many other rows: as many as a recipe takes unless it says
+otherwise, so that sweeps over fewer of them share what was found."""
+_PRODUCTS_OF_PART = 2e11
+"""Of two numbers each: some seconds of a processor. What takes no more in all is done by the driver, sooner than an
+actor would have been started."""
+_STEP = 1024
+_RETRIES = 3
+
+Ints = NDArray[np.int64]
+
+
+class TrainRows:
+    """The rows of an embedding store that may be trained on, fetched when they are asked for."""
+
+    def __init__(self, file: Path, ids: Ints) -> None:
+        """Map the file; ``ids`` are the numbers of its rows that count."""
+        self._array, self._ids = np.load(file, mmap_mode="r"), ids
+        self.shape: tuple[int, int] = (len(ids), self._array.shape[1])
+
+    def __len__(self) -> int:
+        """How many count."""
+        return len(self._ids)
+
+    def __getitem__(self, chosen: slice | Ints) -> NDArray[Any]:
+        """The chosen ones of those that count, float32, (n, D)."""
+        rows: NDArray[Any] = self._array[self._ids[chosen]]
+        return rows
+
+
+@dataclass(frozen=True)
+class NeighborJob:
+    """Which neighbours are looked for, and where what was found is kept until all are there."""
+
+    file: Path
+    """Unit rows, float32, (N, D)."""
+    train_ids: Ints
+    """Those among which and of which neighbours are looked for, ascending."""
+    k: int
+    part_rows: int
+    """Rows of a part; the last may have fewer."""
+    parts: Path
+
+    @property
+    def starts(self) -> range:
+        """The first row of each part."""
+        return range(0, len(self.train_ids), self.part_rows)
+
+    def part(self, start: int) -> Path:
+        """The file of the part that begins there."""
+        return self.parts / f"{start:012d}.npy"
+
+
+class NeighborActor:
+    """Finds the neighbours of one part after the other."""
+
+    def __init__(self, job: NeighborJob, scale: Scale) -> None:
+        torch.set_num_threads(scale.cpus_per_worker)
+        self._parts = PartFinder(job, scale.gpus_per_worker)
+
+    def find(self, start: int) -> int:
+        """Write the part that begins at ``start`` and give the number of its rows."""
+        return self._parts.find(start)
+
+
+class PartFinder:
+    """Looks for neighbours in this process, on its GPU where it has one or a part of one."""
+
+    def __init__(self, job: NeighborJob, gpus: float) -> None:
+        device = torch.device("cuda" if gpus else "cpu")
+        rows = TrainRows(job.file, job.train_ids)
+        fits = 4 * rows.shape[0] * rows.shape[1] <= free_on_device(device, gpus)
+        on_device = torch.from_numpy(rows[:]).to(device) if fits else rows
+        self._job, self._search = job, NeighborSearch(on_device, job.k, device=device)
+
+    def find(self, start: int) -> int:
+        """Write the part that begins at ``start`` and give the number of its rows."""
+        job = self._job
+        found, _ = self._search.find(start, min(start + job.part_rows, len(job.train_ids)))
+        with reporting_disk_errors(job.parts):
+            file = job.part(start)
+            unfinished = file.with_suffix(".unfinished")
+            with unfinished.open("wb") as stream:
+                np.save(stream, found.numpy().astype(np.int32))
+            unfinished.rename(file)
+        return len(found)
+
+
+def rows_of_part(num_rows: int, width: int) -> int:
+    """How many rows make a part: where there are many to be compared with few, for the sake of progress."""
+    return max(1, int(_PRODUCTS_OF_PART / (num_rows * width)) // _STEP) * _STEP
+
+
+def find_neighbors(job: NeighborJob, scale: Scale, tell: Callable[[int, int], None]) -> Iterator[NDArray[np.int32]]:
+    """Find all parts, go on from those that are there, and give them in order.
+
+    Args:
+        job: What is looked for.
+        scale: How many actors share the parts, and their size; the answer is the same for any.
+        tell: Hears how many rows of how many are done.
+
+    Yields:
+        Row numbers of the nearest others among ``train_ids``, by falling similarity, int32, (n, k).
+
+    Raises:
+        StorageError: The disk refused.
+    """
+    with reporting_disk_errors(job.parts):
+        job.parts.mkdir(parents=True, exist_ok=True)
+    total = len(job.train_ids)
+    missing = [start for start in job.starts if not job.part(start).is_file()]
+    done = total - sum(min(job.part_rows, total - start) for start in missing)
+    tell(done, total)
+    for num_rows in _found(job, scale, missing):
+        done += num_rows
+        tell(done, total)
+    return (np.load(job.part(start)) for start in job.starts)
+
+
+def _found(job: NeighborJob, scale: Scale, missing: list[int]) -> Iterator[int]:
+    """Find the missing parts, and give the number of rows of each."""
+    if not missing:
+        return
+    if len(job.starts) == 1:
+        yield from map(PartFinder(job, gpus=0).find, missing)
+        return
+    remote = ray.remote(NeighborActor).options(
+        num_cpus=scale.cpus_per_worker,
+        num_gpus=scale.gpus_per_worker,
+        max_restarts=_RETRIES,
+        max_task_retries=_RETRIES,
+    )
+    shared = ray.put(job)
+    actors = [remote.remote(shared, scale) for _ in range(min(num_workers(scale), len(missing)))]
+    yield from ray.util.ActorPool(actors).map_unordered(lambda actor, start: actor.find.remote(start), missing)
+
+
+def publish_neighbors(
+    root: Path, print_: str, job: NeighborJob, scale: Scale, tell: Callable[[int, int], None]
+) -> Artifact:
+    """Publish the neighbours of every row that may be trained on; what was found before an interruption is kept."""
+    parts = find_neighbors(job, scale, tell)
+
+    def write(folder: Path) -> dict[str, Any]:
+        shape, done = (len(job.train_ids), job.k), 0
+        array = np.lib.format.open_memmap(folder / "neighbors.npy", mode="w+", dtype=np.int32, shape=shape)
+        for part in parts:
+            array[done : done + len(part)] = part
+            done += len(part)
+        array.flush()
+        return {"num_rows": shape[0], "neighbors": job.k}
+
+    found = publish(root, NEIGHBORS, print_, write)
+    shutil.rmtree(job.parts, ignore_errors=True)
+    return found

@@ -1,0 +1,134 @@
+"""Neighbours on Ray: whoever looks for them, and however often it is interrupted, they are the same."""
+
+import itertools
+import os
+import signal
+import threading
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import ray
+import torch
+from torch.nn.functional import normalize
+
+from spice_ray.config import Scale
+from spice_ray.core.neighbors import exact_neighbors
+from spice_ray.errors import StorageError
+from spice_ray.runtime import neighbors
+from spice_ray.runtime.neighbors import NeighborJob, find_neighbors, publish_neighbors, rows_of_part
+from tests.processes import own_actors
+
+NUM_ROWS, K = 400, 7
+IDS = np.setdiff1d(np.arange(NUM_ROWS), [0, 5, 6, 7, 100, 399])
+
+
+@pytest.fixture
+def embedding(tmp_path: Path) -> Path:
+    rows = normalize(torch.randn(NUM_ROWS, 6, generator=torch.Generator().manual_seed(0)))
+    rows[200:220] = rows[20:40]  # ties
+    np.save(tmp_path / "embedding.npy", rows.numpy())
+    return tmp_path / "embedding.npy"
+
+
+def job_of(embedding: Path, parts: Path, part_rows: int = 90) -> NeighborJob:
+    return NeighborJob(embedding, IDS, K, part_rows, parts)
+
+
+def found(job: NeighborJob, scale: Scale = Scale()) -> np.ndarray:  # noqa: B008
+    return np.concatenate(list(find_neighbors(job, scale, lambda done, total: None)))
+
+
+def expected(embedding: Path) -> np.ndarray:
+    return exact_neighbors(np.load(embedding)[IDS], K)[0].numpy()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_neighbors_are_the_same_from_the_driver_and_from_1_and_2_actors(embedding: Path, tmp_path: Path) -> None:
+    whole = found(job_of(embedding, tmp_path / "whole", NUM_ROWS))
+    assert np.array_equal(whole, expected(embedding))
+    assert whole.dtype == np.int32
+    for workers in (1, 2):
+        parts = found(job_of(embedding, tmp_path / f"{workers}"), Scale(workers=workers))
+        assert np.array_equal(parts, whole)
+
+
+@pytest.mark.faults
+def test_four_actors_find_the_same_although_one_is_killed(embedding: Path, tmp_path: Path) -> None:
+    process = get_context("spawn").Process(target=find_by_four, args=(embedding, tmp_path))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert np.array_equal(np.load(tmp_path / "found.npy"), expected(embedding))
+
+
+def find_by_four(embedding: Path, folder: Path) -> None:
+    with TemporaryDirectory(prefix="spice-", ignore_cleanup_errors=True) as sockets:
+        ray.init(address="local", num_cpus=5, include_dashboard=False, _temp_dir=sockets)
+        killed = threading.Event()
+        job = job_of(embedding, folder / "parts", part_rows=1)
+        killer = threading.Thread(target=kill_an_actor, args=(folder / "parts", killed), daemon=True)
+        killer.start()
+        np.save(folder / "found.npy", found(job, Scale(workers=4)))
+        ray.shutdown()
+    assert killed.is_set()
+
+
+def kill_an_actor(parts: Path, killed: threading.Event) -> None:
+    while len(list(parts.glob("*.npy"))) < 4:
+        time.sleep(0.01)
+    os.kill(own_actors("NeighborActor")[0], signal.SIGKILL)
+    killed.set()
+
+
+def test_what_was_found_before_an_interruption_is_not_looked_for_again(embedding: Path, tmp_path: Path) -> None:
+    job = job_of(embedding, tmp_path / "parts", NUM_ROWS)
+    told: list[tuple[int, int]] = []
+    list(find_neighbors(job, Scale(), lambda *counts: told.append(counts)))
+    assert told == [(0, len(IDS)), (len(IDS), len(IDS))]
+    embedding.unlink()
+    told.clear()
+    (again,) = find_neighbors(job, Scale(), lambda *counts: told.append(counts))
+    assert told == [(len(IDS), len(IDS))]
+    assert again.shape == (len(IDS), K)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_lost_part_alone_is_found_again(embedding: Path, tmp_path: Path) -> None:
+    job = job_of(embedding, tmp_path / "parts")
+    whole = found(job)
+    times = {file: file.stat().st_mtime_ns for file in job.parts.iterdir()}
+    lost = job.part(90)
+    lost.unlink()
+    (job.parts / "half.unfinished").write_bytes(b"half")
+    assert np.array_equal(found(job), whole)
+    assert {file: file.stat().st_mtime_ns for file in times if file != lost} == {
+        file: at for file, at in times.items() if file != lost
+    }
+
+
+def test_the_artifact_holds_all_parts_and_leaves_none_behind(embedding: Path, tmp_path: Path) -> None:
+    job = job_of(embedding, tmp_path / "parts", NUM_ROWS)
+    artifact = publish_neighbors(tmp_path / "artifacts", "a", job, Scale(), lambda done, total: None)
+    assert np.array_equal(np.load(artifact.file("neighbors.npy")), expected(embedding))
+    assert artifact.manifest["neighbors"] == K
+    assert not job.parts.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said_in_a_sentence(embedding: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        found(job_of(embedding, tmp_path / "file" / "parts", NUM_ROWS))
+
+
+def test_parts_of_many_and_wide_rows_are_small() -> None:
+    assert rows_of_part(1797, 128) > 1797
+    sizes = [rows_of_part(rows, 512) for rows in (60_000, 200_000, 1_300_000)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == 1024
+    for rows, size in zip((60_000, 200_000), sizes, strict=False):
+        assert rows * 512 * size <= neighbors._PRODUCTS_OF_PART
+    assert all(first % 1024 == 0 for first in itertools.chain(sizes))
