@@ -8,7 +8,7 @@ the fastest counts. There are two comparisons, both with FixMatch's 64 labelled 
 pass:
 
 - same: one batch-norm group, equal views, fp32 on the CPU and bf16 on a GPU.
-- defaults: the recipe ``cifar10`` (8 lanes; fp32 on the CPU) beside RandAugment and random erasing in fp32.
+- defaults: the recipe ``cifar10`` (8 lanes) beside RandAugment and random erasing, in the same precision.
 
 The published library of such loops, semilearn, runs neither without a GPU (it moves every batch to one) nor beside this
 torch (it needs a torchaudio of the same build).
@@ -46,7 +46,7 @@ def same_sides(options: argparse.Namespace, device: torch.device) -> dict[str, S
 
 def default_sides(options: argparse.Namespace, workers: int, device: torch.device) -> dict[str, Side]:
     own = settings_of() if device.type == "cuda" else settings_of(precision="fp32")
-    plain = Plain(settings_of(lanes=1, precision="fp32"), options.encoder, randaugment=True)
+    plain = Plain(own.model_copy(update={"lanes": 1}), options.encoder, randaugment=True)
     return _sides(own, plain, options, [workers], device)
 
 

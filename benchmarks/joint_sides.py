@@ -29,7 +29,7 @@ from spice_ray.core.encoders import build_encoder, set_lanes
 from spice_ray.core.heads import ClusterHead
 from spice_ray.core.joint import JointModel
 from spice_ray.core.lanes import Lanes, ResidentLanes, Rows, Stream, serve, shuffle_window
-from spice_ray.core.order import stream_key, with_replacement
+from spice_ray.core.order import Pick, permutation, stream_key, with_replacement
 from spice_ray.settings import Joint
 from spice_ray.stages.train_joint import train_joint
 
@@ -64,8 +64,9 @@ class PreparedViews:
 
 def ours(settings: Joint, encoder: str, count: int, device: torch.device, turn: Turn) -> None:
     images = make_images(count).to(device)
-    known = _resident(images, settings, settings.labelled_batch, device)
-    everything = _resident(images, settings, settings.labelled_batch * settings.unlabelled_ratio, device)
+    known = _resident(images, settings, settings.labelled_batch, with_replacement, device)
+    rows = settings.labelled_batch * settings.unlabelled_ratio
+    everything = _resident(images, settings, rows, permutation, device)
     _train(settings, encoder, known, everything, Augmentation("natural", MEAN, STD), count, device, turn)
 
 
@@ -101,7 +102,7 @@ def _train(
     )
 
 
-def _resident(images: Tensor, settings: Joint, batch: int, device: torch.device) -> ResidentLanes:
+def _resident(images: Tensor, settings: Joint, batch: int, pick: Pick, device: torch.device) -> ResidentLanes:
     rows = -(-len(images) // _FILES)
     starts = range(0, len(images), rows)
     sizes = [min(rows, len(images) - start) for start in starts]
@@ -109,7 +110,7 @@ def _resident(images: Tensor, settings: Joint, batch: int, device: torch.device)
     lanes = serve(files, list(range(settings.lanes)), settings.lanes)
     ids = torch.cat([torch.arange(f.first_id, f.first_id + f.rows) for lane in lanes.files for f in lane])
     key = stream_key(0, "joint", batch)
-    stream = Stream(key, batch // settings.lanes, shuffle_window(SIDE), with_replacement)
+    stream = Stream(key, batch // settings.lanes, shuffle_window(SIDE), pick)
     return ResidentLanes(lanes, Rows(images[ids.to(device)], ids.to(device)), stream, device)
 
 

@@ -32,8 +32,9 @@ Floats = NDArray[np.float32]
 def evaluate(run: Path, *, probe: bool = False) -> dict[str, Any]:
     """Score a finished run against the labels of its data, beside k-means, and write ``run/scores.json``.
 
-    Protocol ``whole`` scores all labelled images, ``split`` those of the test split. k-means is fitted on the scored
-    images; its scores are null where these take more than 2e9 bytes as float32 or are fewer than the clusters. The
+    Protocol ``whole`` scores all labelled images, ``split`` those of the test split; images whose label stage 3 was
+    given (``reliable.labels``) do not count. k-means is fitted on the scored images; its scores are null where these
+    take more than 2e9 bytes as float32 or are fewer than the clusters. The
     reliable labels are scored on the labelled images that they could be chosen from: all, or those trained on.
 
     Args:
@@ -59,6 +60,8 @@ def evaluate(run: Path, *, probe: bool = False) -> dict[str, Any]:
     images = _read_images(run, record)
     recipe = record["recipe"]
     scored = _labelled(images) & _in_splits(images, recipe["protocol"], ("test",))
+    if _were_given(record):
+        scored &= ~images.reliable  # what it was told says nothing of what it learnt
     if not scored.any():
         raise DataError(
             f"no image of {run} that protocol={recipe['protocol']} scores has a label, so there is nothing to score; "
@@ -67,7 +70,7 @@ def evaluate(run: Path, *, probe: bool = False) -> dict[str, Any]:
     result = asdict(scores(images.labels_true[scored], images.clusters[scored])) | {
         "protocol": recipe["protocol"],
         "rows": _compare(run, record, images, np.flatnonzero(scored)),
-        "reliable": _score_reliable(images, recipe["protocol"]),
+        "reliable": _score_reliable(images, record),
         "seconds": read_json(run / "timing.json"),
         "artifacts": record["artifacts"],
     }
@@ -84,7 +87,7 @@ class _Images:
     split: NDArray[np.str_]
     clusters: Ints  # -1: not read, its shard file is damaged
     head_clusters: Ints | None
-    """None where labels were given, and there are no heads or nothing is learnt of theirs."""
+    """None where there were no heads: stage 3 alone learnt from labels that were given."""
     reliable: NDArray[np.bool_]
     labels_true: Ints  # -1: not labelled
 
@@ -111,7 +114,7 @@ def _compare(run: Path, record: dict[str, Any], images: _Images, ids: Ints) -> l
     if images.head_clusters is not None:
         found["SPICE_s"] = images.head_clusters[ids]
     if "image" in recipe:
-        found["SPICE" if images.head_clusters is not None else "labels given"] = images.clusters[ids]
+        found["labels given" if _were_given(record) else "SPICE"] = images.clusters[ids]
     return [_row(method, images.labels_true[ids], labels) for method, labels in found.items()]
 
 
@@ -157,22 +160,23 @@ def _probe(run: Path, record: dict[str, Any], images: _Images) -> list[dict[str,
     return [*found, linear_row("linear probe", labelled, stored("plain.npy"))]
 
 
-def _score_reliable(images: _Images, protocol: str) -> dict[str, Any]:
-    candidates = _labelled(images) & _in_splits(images, protocol, TRAIN_SPLITS)
+def _were_given(record: dict[str, Any]) -> bool:
+    """Whether stage 3 learnt from given labels."""
+    return record["recipe"]["reliable"].get("labels") is not None
+
+
+def _score_reliable(images: _Images, record: dict[str, Any]) -> dict[str, Any]:
+    candidates = _labelled(images) & _in_splits(images, record["recipe"]["protocol"], TRAIN_SPLITS)
     chosen = candidates & images.reliable
     count = int(chosen.sum())
     return {
         "count": count,
         "share": count / int(candidates.sum()) if candidates.any() else None,
-        "acc": _head_accuracy(images, chosen) if count else None,
+        # What stage 3 learns from are the head's labels; those that were given are the user's affair.
+        "acc": None
+        if images.head_clusters is None or _were_given(record) or not count
+        else clustering_accuracy(images.labels_true[chosen], images.head_clusters[chosen]),
     }
-
-
-def _head_accuracy(images: _Images, chosen: NDArray[np.bool_]) -> float | None:
-    """Of the labels that stage 3 learns from; those that were given are the user's affair."""
-    if images.head_clusters is None:
-        return None
-    return clustering_accuracy(images.labels_true[chosen], images.head_clusters[chosen])
 
 
 def _open(run: Path, record: dict[str, Any], kind: str) -> Artifact:
@@ -205,7 +209,7 @@ def _read_images(run: Path, record: dict[str, Any]) -> _Images:
 
 
 def _head_clusters(run: Path, record: dict[str, Any], num_images: int) -> Ints | None:
-    if HEADS not in record["artifacts"] or record["recipe"]["reliable"].get("labels") is not None:
+    if HEADS not in record["artifacts"]:
         return None
     return _load(_open(run, record, HEADS), "assignments.npy", num_images).astype(np.int64)
 

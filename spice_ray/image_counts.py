@@ -55,7 +55,7 @@ def _check_num_clusters(recipe: Recipe, num_train: int) -> None:
 
 
 def _check_batches(recipe: ImageRecipe, num_images: int, num_train: int) -> None:
-    if recipe.pretrain.weights is None:
+    if recipe.pretrain.weights is None and not recipe.is_supervised:
         _check_queue(recipe.pretrain, num_images)
     batch = recipe.joint.labelled_batch * recipe.joint.unlabelled_ratio
     if batch > num_train:

@@ -85,6 +85,11 @@ def check_trials(recipe: Recipe, sweep: Sweep) -> None:
     """
     if not isinstance(recipe, ImageRecipe):
         refuse_sweep()
+    if recipe.reliable.labels is not None and "joint.init" in sweep.space:
+        raise ConfigError(
+            "with reliable.labels joint.init says whether there are stages 1 and 2, which all trials share; run each "
+            "value of it by itself"
+        )
     trials = itertools.product(*sweep.space.values())
     # A trial beyond that, of a random search in a vast space, would be refused when its turn comes.
     for values in itertools.islice(trials, _MOST_TRIALS_CHECKED):
@@ -189,8 +194,11 @@ def _type_of(values: dict[str, Any]) -> type[Recipe]:
     return ImageRecipe if values.keys() & _IMAGE_SECTIONS else Recipe
 
 
+_LABELS = "reliable.labels"
+
+
 def _check_swept(key: str, file: str) -> None:
-    known = [k for k in setting_keys() if k.partition(".")[0] in SWEPT_SECTIONS]
+    known = [k for k in setting_keys() if k.partition(".")[0] in SWEPT_SECTIONS and not k.startswith(_LABELS)]
     if key in known:
         return
     if key in setting_keys():

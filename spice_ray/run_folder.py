@@ -25,7 +25,7 @@ from spice_ray.contracts import LABELS, SHARDS
 from spice_ray.errors import StorageError
 from spice_ray.storage import Artifact, clear_staging, read_json, reporting_disk_errors, write_json
 
-_WEIGHTS = "pretrain.weights_sha256"
+_WEIGHTS, _LABELS = "pretrain.weights_sha256", "reliable.labels_digest"
 _RECORD = "run.json"
 _LOCKS: dict[Path, IO[str]] = {}
 """Open files whose locks this process holds."""
@@ -218,6 +218,8 @@ def _check_same(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> Non
     before, now = _flat({**held["recipe"], **held.get("asked", {})}), _flat(wanted["recipe"])
     if before.get(_WEIGHTS) is not None and now.get(_WEIGHTS) is not None:
         before, now = _without_idle(before), _without_idle(now)
+    if before.get(_LABELS) is not None and now.get(_LABELS) is not None:  # which counts, wherever the file is
+        now["reliable.labels"] = before.get("reliable.labels")
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if differing:
         key, *others = differing

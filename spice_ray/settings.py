@@ -218,8 +218,8 @@ class Reliable(Settings):
     @field_validator("neighbors", mode="before")
     @classmethod
     def _check_neighbors(cls, value: Any) -> Any:
-        is_name = isinstance(value, str) and value != ADAPTIVE and not value.isdecimal()
-        if is_name or (isinstance(value, int) and not isinstance(value, bool) and value < 1):
+        is_count = value is None or isinstance(value, bool) or (str(value).isdecimal() and int(value) >= 1)
+        if not is_count and value != ADAPTIVE:
             raise ValueError(
                 f"reliable.neighbors={value} cannot be used; give a whole number of at least 1, or {ADAPTIVE}"
             )
@@ -229,9 +229,12 @@ class Reliable(Settings):
 class ImageReliable(Reliable):
     """What stage 3 learns from on images."""
 
-    labels: str | None = None
+    labels: Annotated[str, Field(min_length=1)] | None = None
     """Parquet file of labels that are known, ``label`` in 0..K-1 by ``sample_id`` or ``source``: they take the place of
-    reliable pseudo-labels. With ``joint.init=scratch`` stages 1 and 2 are left out."""
+    reliable pseudo-labels, and nothing else of this section counts. With ``joint.init=scratch`` stages 1 and 2 are left
+    out."""
+    labels_digest: str | None = None
+    """Of what the file holds; a run fills it in."""
 
 
 class Joint(Settings):

@@ -53,7 +53,7 @@ def prepare(
     check_local_cpus(recipe.scale)
     check_folder(out)
     recipe = _with_weights(recipe, out)
-    _check_labels(recipe)
+    recipe = _with_labels(recipe)
     if trials is not None:
         check_trials(recipe, trials)
     # Workers have working directories of their own.
@@ -81,7 +81,7 @@ def prepare(
 
 def _with_weights(recipe: Recipe, out: Path) -> Recipe:
     """The recipe with the digest of given weights, after a look at them."""
-    if not isinstance(recipe, ImageRecipe) or recipe.pretrain.weights is None:
+    if not isinstance(recipe, ImageRecipe) or recipe.pretrain.weights is None or recipe.is_supervised:
         return recipe
     from spice_ray.runtime.frozen import check_given, pin_weights  # they need torch
 
@@ -90,12 +90,15 @@ def _with_weights(recipe: Recipe, out: Path) -> Recipe:
     return pinned
 
 
-def _check_labels(recipe: Recipe) -> None:
-    """Look at labels that are given, as far as that is possible before the images are known."""
-    if isinstance(recipe, ImageRecipe) and recipe.reliable.labels is not None:
-        from spice_ray.readers.given_labels import read_given_labels
+def _with_labels(recipe: Recipe) -> Recipe:
+    """The recipe with the digest of labels that are given, after a look at them; workers may be in other folders."""
+    if not isinstance(recipe, ImageRecipe) or recipe.reliable.labels is None:
+        return recipe
+    from spice_ray.readers.given_labels import read_given_labels
 
-        read_given_labels(recipe.reliable.labels, recipe.num_clusters)
+    path = os.path.abspath(os.path.expanduser(recipe.reliable.labels))
+    found = {"labels": path, "labels_digest": read_given_labels(path, recipe.num_clusters).digest()}
+    return recipe.model_copy(update={"reliable": recipe.reliable.model_copy(update=found)})
 
 
 def open_source(data: str, labels_from_folders: bool = False) -> "Source":

@@ -235,6 +235,7 @@ def test_the_sweeps_beside_the_package_load_and_their_trials_can_be_run() -> Non
         ({"encoder": ["wrn28_2"]}, {}, "unknown setting 'encoder'; did you mean 'joint.encoder'?"),
         ({"pretrain.temperature": [0.1]}, {}, "pretrain.temperature is shared by all trials of a sweep"),
         ({"seed": [1, 2]}, {}, "seed is shared by all trials"),
+        ({"reliable.labels": ["a.parquet"]}, {}, "reliable.labels is shared by all trials"),
         ({"joint.confidence": []}, {}, "space.joint.confidence=[] cannot be used"),
         ({"joint.confidence": 0.9}, {}, "space.joint.confidence=0.9 cannot be used"),
         ({}, {}, "space={} cannot be used"),

@@ -4,7 +4,6 @@ They are another thing than the labels of the data, which evaluate alone reads: 
 """
 
 import hashlib
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from spice_ray.errors import DataError
 
 _FORM = "give a Parquet file with a column label of whole numbers, and a column sample_id or source"
+_ROWS_AT_ONCE = 1 << 16
 Ints = NDArray[np.int64]
 
 
@@ -37,8 +37,10 @@ class GivenLabels(NamedTuple):
     def digest(self) -> str:
         """Equal for the same labels of the same images in any order."""
         order = pc.sort_indices(self.images)
-        names = "\0".join(map(str, self.images.take(order).to_pylist()))
-        return hashlib.blake2b(names.encode() + self.labels[order.to_numpy()].tobytes(), digest_size=16).hexdigest()
+        images, found = self.images.take(order), hashlib.blake2b(self.labels[order.to_numpy()].tobytes())
+        for start in range(0, len(images), _ROWS_AT_ONCE):
+            found.update("\0".join(map(str, images[start : start + _ROWS_AT_ONCE].to_pylist())).encode() + b"\0")
+        return found.hexdigest()[:32]
 
 
 def read_given_labels(path: str, num_clusters: int) -> GivenLabels:
@@ -52,7 +54,7 @@ def read_given_labels(path: str, num_clusters: int) -> GivenLabels:
         DataError: It is missing or something else, a label is not in 0..K-1, an image occurs twice, or fewer than two
             labels are in use.
     """
-    table = _read(Path(os.path.expanduser(path)))
+    table = _read(Path(path))
     names = next((name for name in ("sample_id", "source") if name in table.column_names), None)
     if names is None or "label" not in table.column_names:
         raise DataError(f"{path} has the columns {', '.join(table.column_names)}; {_FORM}")
@@ -64,9 +66,9 @@ def read_given_labels(path: str, num_clusters: int) -> GivenLabels:
             f"{path} holds the label {held[wrong[0]]}, and with num_clusters={num_clusters} labels are 0 to "
             f"{num_clusters - 1}; correct it, or raise num_clusters"
         )
-    counts = pc.value_counts(images)
-    twice = [str(row["values"]) for row in counts.to_pylist() if row["counts"] > 1]
-    if twice:
+    values, counts = pc.value_counts(images).flatten()
+    twice = values.filter(pc.greater(counts, 1))
+    if len(twice):
         raise DataError(f"{path} labels {names} {twice[0]} more than once; keep one label for each image")
     if len(np.unique(held)) < 2:
         raise DataError(f"{path} holds {len(np.unique(held))} different labels, and 2 are needed; add others")
@@ -90,4 +92,7 @@ def _column(table: pa.Table, name: str, path: str) -> pa.ChunkedArray:
     is_right = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
     if not (is_right if name == "source" else pa.types.is_integer(column.type)) or column.null_count:
         raise DataError(f"the column {name} of {path} is of type {column.type}, or has gaps; {_FORM}")
-    return column.cast(wanted)
+    try:
+        return column.cast(wanted)
+    except pa.ArrowException:
+        raise DataError(f"the column {name} of {path} holds numbers beyond those of int64; {_FORM}") from None

@@ -62,7 +62,7 @@ def publish_given_labels(
         write_reliable(folder, ReliableTable(torch.from_numpy(labels), unknown.double(), weights, unknown))
         return {
             "given": int(known.sum()),
-            "left_out": int((labels != UNKNOWN).sum() - known.sum()),
+            "left_out": len(given.labels) - int(known.sum()),
             "kept": kept.tolist(),
             "num_train": len(train_ids),
             "columns": None if heads is None else _columns(heads, labels, known, num_clusters).tolist(),
@@ -75,7 +75,8 @@ def labels_by_id(given: GivenLabels, shards: Shards) -> Ints:
     """The label of each row of the shards, int64, (N,); -1 where none is given.
 
     Raises:
-        DataError: A label is of no image of the run.
+        DataError: A label is of no image of the run. Which images damaged files hold is not known: with these left out,
+            none is asked for.
     """
     labels = np.full(shards.num_rows, UNKNOWN)
     if given.by_source:
@@ -84,12 +85,12 @@ def labels_by_id(given: GivenLabels, shards: Shards) -> Ints:
         ids = given.images.to_numpy()
         found = np.where((ids >= 0) & (ids < shards.num_rows), ids, UNKNOWN)
     missing = np.flatnonzero(found == UNKNOWN)
-    if len(missing):
+    if len(missing) and not shards.damaged:
         raise DataError(
             f"{len(missing)} of the {len(found)} images that {given.file} labels are none of this run, such as "
             f"{given.images[int(missing[0])].as_py()}; name them as assignments.parquet does"
         )
-    labels[found] = given.labels
+    labels[found[found != UNKNOWN]] = given.labels[found != UNKNOWN]
     return labels
 
 

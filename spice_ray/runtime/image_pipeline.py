@@ -102,19 +102,20 @@ class ImagePipeline(Pipeline):
         recipe = self.recipe
         if recipe.reliable.labels is None:
             return super().reliable
-        given = read_given_labels(recipe.reliable.labels, recipe.num_clusters)
         heads = None if recipe.is_supervised else self.heads
-        settings = {"labels": given.digest(), "num_clusters": recipe.num_clusters, "protocol": recipe.protocol}
+        settings = {"labels": recipe.reliable.labels_digest, "damaged": sorted(self.damaged), **self._common()}
+        settings["num_clusters"] = recipe.num_clusters
         parents = [self.shards_artifact] if heads is None else [self.shards_artifact, heads]
 
         def make(print_: str, progress: Path, show: Show) -> None:
-            shards = self.train_shards
+            assert recipe.reliable.labels is not None
+            given, shards = read_given_labels(recipe.reliable.labels, recipe.num_clusters), self.train_shards
             publish_given_labels(self._root, print_, given, recipe.num_clusters, shards, training_ids(shards), heads)
 
         found = self._artifact(RELIABLE, "given labels", "images", settings, parents, make)
         if found.manifest["left_out"]:
             self.reporter.note(
-                f"{found.manifest['left_out']} given labels are left out: protocol=split trains on others"
+                f"{found.manifest['left_out']} given labels are left out, of images that stage 3 does not see"
             )
         return found
 
@@ -125,15 +126,17 @@ class ImagePipeline(Pipeline):
 
         def make(print_: str, progress: Path, show: Show) -> None:
             job, skip = self.joint_job(print_), self.why_skip_joint()
-            if skip is not None and recipe.reliable.labels is not None:
-                raise ConfigError(skip)
             if skip is not None:
                 self.reporter.note(f"stage 3 is skipped: {skip}")
                 publish_skipped(job, skip)
                 return
             watched(lambda: self._fit(run_joint, job, progress), progress, show)
 
-        return self._artifact(JOINT, "stage 3: joint training", "steps", self._joint_settings(), [reliable], make)
+        found = self._artifact(JOINT, "stage 3: joint training", "steps", self._joint_settings(), [reliable], make)
+        if found.manifest["skipped"] is None and found.manifest["steps"] < recipe.joint.steps:
+            steps = found.manifest["steps"]
+            self.reporter.note(f"stage 3 ended after {steps} of {recipe.joint.steps} steps: nothing grew any more")
+        return found
 
     def _fit(self, run: Callable[[Any, Host], None], job: PretrainJob | JointJob, progress: Path) -> None:
         recipe = self.recipe
@@ -181,9 +184,16 @@ class ImagePipeline(Pipeline):
         return fingerprint(JOINT, self._joint_settings(), [self.reliable.fingerprint])
 
     def why_skip_joint(self) -> str | None:
-        """Why stage 3 cannot be trained, or None."""
+        """Why stage 3 cannot be trained, or None.
+
+        Raises:
+            ConfigError: The same, of labels that are given.
+        """
         rows = [file.rows for file in self.train_shards.files]
-        return why_skip(self.reliable, self.settled, rows, self.recipe.joint.lanes)
+        reason = why_skip(self.reliable, self.settled, rows, self.recipe.joint.lanes)
+        if reason is not None and self.recipe.reliable.labels is not None:
+            raise ConfigError(reason)
+        return reason
 
     @cached_property
     def assignments(self) -> Artifact:
@@ -204,15 +214,12 @@ class ImagePipeline(Pipeline):
     @property
     def made(self) -> list[Artifact]:
         """Shards, and what each stage left behind."""
-        return [
-            self.shards_artifact,
-            self.encoder,
-            self.embedding,
-            self.heads,
-            self.neighbors,
-            self.reliable,
-            self.joint,
-        ]
+        found = [self.shards_artifact]
+        if not self.recipe.is_supervised:
+            found += [self.encoder, self.embedding, self.heads]
+        if self.recipe.reliable.labels is None:
+            found.append(self.neighbors)
+        return [*found, self.reliable, self.joint]
 
     def _joint_settings(self) -> dict[str, Any]:
         return {"joint": settings_of(self.recipe.joint), "image": settings_of(self.recipe.image), **self._common()}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from spice_ray.config import Scale
 from spice_ray.contracts import NEIGHBORS
 from spice_ray.core.neighbors import NeighborSearch
-from spice_ray.runtime.cluster import num_workers
+from spice_ray.runtime.cluster import room
 from spice_ray.runtime.memory import free_on_device
 from spice_ray.storage import Artifact, publish, reporting_disk_errors
 
@@ -71,6 +71,14 @@ class NeighborJob:
         """The file of the part that begins there."""
         return self.parts / f"{start:012d}.npy"
 
+    def is_found(self, start: int) -> bool:
+        """Whether that file is there and whole."""
+        rows = min(self.part_rows, len(self.train_ids) - start)
+        try:
+            return bool(np.load(self.part(start), mmap_mode="r").shape == (rows, self.k))
+        except (OSError, ValueError):  # there is none, or it lost its end with the power
+            return False
+
 
 class NeighborActor:
     """Finds the neighbours of one part after the other."""
@@ -91,8 +99,8 @@ class PartFinder:
         device = torch.device("cuda" if gpus else "cpu")
         rows = TrainRows(job.file, job.train_ids)
         fits = 4 * rows.shape[0] * rows.shape[1] <= free_on_device(device, gpus)
-        on_device = torch.from_numpy(rows[:]).to(device) if fits else rows
-        self._job, self._search = job, NeighborSearch(on_device, job.k, device=device)
+        self._job = job
+        self._search = NeighborSearch(_on_device(rows, device) if fits else rows, job.k, device=device)
 
     def find(self, start: int) -> int:
         """Write the part that begins at ``start`` and give the number of its rows."""
@@ -107,6 +115,13 @@ class PartFinder:
         return len(found)
 
 
+def _on_device(rows: TrainRows, device: torch.device) -> torch.Tensor:
+    found = torch.empty(rows.shape, device=device)
+    for start in range(0, len(rows), _STEP):
+        found[start : start + _STEP] = torch.from_numpy(rows[start : start + _STEP])
+    return found
+
+
 def rows_of_part(num_rows: int, width: int) -> int:
     """How many rows make a part: where there are many to be compared with few, for the sake of progress."""
     return max(1, int(_PRODUCTS_OF_PART / (num_rows * width)) // _STEP) * _STEP
@@ -117,7 +132,7 @@ def find_neighbors(job: NeighborJob, scale: Scale, tell: Callable[[int, int], No
 
     Args:
         job: What is looked for.
-        scale: How many actors share the parts, and their size; the answer is the same for any.
+        scale: The size of the actors that share the parts, as many as there is room for.
         tell: Hears how many rows of how many are done.
 
     Yields:
@@ -129,7 +144,7 @@ def find_neighbors(job: NeighborJob, scale: Scale, tell: Callable[[int, int], No
     with reporting_disk_errors(job.parts):
         job.parts.mkdir(parents=True, exist_ok=True)
     total = len(job.train_ids)
-    missing = [start for start in job.starts if not job.part(start).is_file()]
+    missing = [start for start in job.starts if not job.is_found(start)]
     done = total - sum(min(job.part_rows, total - start) for start in missing)
     tell(done, total)
     for num_rows in _found(job, scale, missing):
@@ -152,7 +167,8 @@ def _found(job: NeighborJob, scale: Scale, missing: list[int]) -> Iterator[int]:
         max_task_retries=_RETRIES,
     )
     shared = ray.put(job)
-    actors = [remote.remote(shared, scale) for _ in range(min(num_workers(scale), len(missing)))]
+    count = max(1, min(room(scale.cpus_per_worker, scale.gpus_per_worker), len(missing)))
+    actors = [remote.remote(shared, scale) for _ in range(count)]
     yield from ray.util.ActorPool(actors).map_unordered(lambda actor, start: actor.find.remote(start), missing)
 
 

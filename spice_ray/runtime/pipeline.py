@@ -203,7 +203,8 @@ class Pipeline(ABC):
         heads, neighbors = self.heads, self.neighbors
         asked = num_neighbors(recipe.reliable, self.train_shards.num_counted, recipe.num_clusters)
         settings = {"reliable": {**settings_of(recipe.reliable), "neighbors": asked or ADAPTIVE}, **self._common()}
-        settings["reliable"].pop("strict")
+        for name in ("strict", "labels", "labels_digest"):
+            settings["reliable"].pop(name, None)
 
         def make(print_: str, progress: Path, show: Show) -> None:
             publish_reliable(self._root, print_, recipe, heads, neighbors, training_ids(self.train_shards))

@@ -67,8 +67,7 @@ def run_sweep(pipeline: ImagePipeline, settings: Sweep, name: str) -> list[dict[
     Raises:
         TrainingError: No trial came to an end.
     """
-    asked = (value for value in settings.space.get("reliable.neighbors", []) if isinstance(value, int))
-    pipeline = replace(pipeline, most_neighbors=max(WIDEST, *asked)).make_shared()
+    pipeline = replace(pipeline, most_neighbors=most_neighbors(pipeline.recipe, settings)).make_shared()
     folder = pipeline.run.path / "sweeps" / name
     folder.mkdir(parents=True, exist_ok=True)
     progress = pipeline.run.progress("sweep")
@@ -81,9 +80,17 @@ def run_sweep(pipeline: ImagePipeline, settings: Sweep, name: str) -> list[dict[
             f"no trial came to an end ({rows[0]['note'] if rows else 'none was started'}); "
             "run the same command again with --verbose"
         )
-    _write_trials(folder / "trials.parquet", rows, settings)
+    write_trials(folder / "trials.parquet", rows, settings)
     _finish_winner(pipeline, sweep_recipe(pipeline.recipe, rows[0]["values"]), folder)
     return rows
+
+
+def most_neighbors(recipe: ImageRecipe, settings: Sweep) -> int:
+    """As many neighbours as any trial asks: then all trials share them."""
+    key = "reliable.neighbors"
+    trials = [recipe, *(sweep_recipe(recipe, {key: value}) for value in settings.space.get(key, []))]
+    asked = (trial.reliable.neighbors for trial in trials)
+    return max(WIDEST, *(value for value in asked if isinstance(value, int)))
 
 
 def _finish_winner(pipeline: ImagePipeline, winner: ImageRecipe, folder: Path) -> None:
@@ -209,7 +216,14 @@ def row_of(result: Any, settings: Sweep, recipe: ImageRecipe) -> dict[str, Any]:
     }
 
 
-def _write_trials(file: Path, rows: list[dict[str, Any]], settings: Sweep) -> None:
-    columns = {key: [row["values"][key] for row in rows] for key in settings.space}
+def write_trials(file: Path, rows: list[dict[str, Any]], settings: Sweep) -> None:
+    """Write the table of trials, in the order of ``rows``."""
+    columns = {key: _of_one_type([row["values"][key] for row in rows]) for key in settings.space}
     rest = {name: [row[name] for row in rows] for name in ("loss", "reliable", "seconds", "note")}
     pq.write_table(pa.table({**columns, **rest}), file)
+
+
+def _of_one_type(values: list[Any]) -> list[Any]:
+    """As a column holds them: numbers beside words are words too."""
+    mixed = any(isinstance(value, str) for value in values)
+    return [None if value is None else str(value) for value in values] if mixed else values

@@ -12,7 +12,10 @@ _GROWTH = 1e-3
 
 
 class Plateau:
-    """Watches a share that grows while training goes well, and says when it has stopped growing."""
+    """Watches a share that grows while training goes well, and says when it has stopped growing.
+
+    Before it has begun to, it is waited for: a network that starts anew is sure of nothing for long.
+    """
 
     def __init__(self, patience: int, device: torch.device) -> None:
         """Wait ``patience`` steps for growth."""
@@ -36,7 +39,7 @@ class Plateau:
         self._sum.zero_()
         if mean >= self._best + _GROWTH:
             self._best, self._best_step = mean, step
-        self.is_over = step - self._best_step >= self._patience
+        self.is_over = self._best > 0 and step - self._best_step >= self._patience
 
     def state(self) -> dict[str, Any]:
         """What the steps to come depend on."""

@@ -69,7 +69,7 @@ def test_embeddings_get_the_clusters_of_the_chosen_head(embedded: Path) -> None:
     assert 0 < reliable.sum() < NUM_IMAGES
     assert (reliable == (consistency > 0.5)).all()
     kinds = {path.name.partition("-")[0] for path in (embedded / "artifacts").iterdir()}
-    assert kinds == {"shards", "labels", "embedding", "heads", "reliable", "assignments"}
+    assert kinds == {"shards", "labels", "embedding", "heads", "neighbors", "reliable", "assignments"}
 
 
 def test_the_heads_beside_k_means_are_chosen_by_how_well_they_fit_the_neighbours(embedded: Path) -> None:

@@ -12,8 +12,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from spice_ray import workflow
-from spice_ray.errors import ConfigError, DataError
+from spice_ray.errors import ConfigError, DataError, StorageError
 from spice_ray.evaluate import evaluate
+from spice_ray.readers.given_labels import read_given_labels
 from spice_ray.runtime.weights import load_joint
 from spice_ray.storage import Artifact, open_artifact
 from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, cluster, small_recipe
@@ -58,9 +59,20 @@ def test_stage_3_alone_learns_the_classes_that_are_given(corpus: Corpus, tmp_pat
     assert accuracy(run) > 0.6
     found = evaluate(run)
     assert [row["method"] for row in found["rows"]] == ["k-means on pixels", "labels given"]
+    assert found["n"] == NUM_IMAGES - len(GIVEN)
     assert found["reliable"] == {"count": len(GIVEN), "share": len(GIVEN) / NUM_IMAGES, "acc": None}
     with pytest.raises(DataError, match="no embedding to look into"):
         evaluate(run, probe=True)
+
+    # The same labels in another file, in another order, are the same run; others are not.
+    times = {file: file.stat().st_mtime_ns for file in (run / "artifacts").rglob("*")}
+    settings = ("joint.init=scratch", "joint.steps=200")
+    same = write_labels(tmp_path / "same.parquet", GIVEN[::-1])
+    cluster(corpus.parquet, run, f"reliable.labels={same}", *settings)
+    assert {file: file.stat().st_mtime_ns for file in (run / "artifacts").rglob("*")} == times
+    others = write_labels(tmp_path / "others.parquet", GIVEN[1:])
+    with pytest.raises(StorageError, match=r"reliable\.labels_digest is"):
+        cluster(corpus.parquet, run, f"reliable.labels={others}", *settings)
 
 
 def test_behind_stages_1_and_2_heads_are_called_by_the_labels(finished: Path, corpus: Corpus, tmp_path: Path) -> None:
@@ -70,7 +82,8 @@ def test_behind_stages_1_and_2_heads_are_called_by_the_labels(finished: Path, co
         shutil.rmtree(folder)
     record = json.loads((finished / "run.json").read_text())
     labels = write_labels(tmp_path / "labels.parquet")
-    record["recipe"]["reliable"]["labels"] = str(labels)
+    digest = read_given_labels(str(labels), 10).digest()
+    record["recipe"]["reliable"] |= {"labels": str(labels), "labels_digest": digest}
     record["recipe"]["joint"]["lr"] = 1e-9
     (run / "run.json").write_text(json.dumps(record))
     cluster(corpus.parquet, run, f"reliable.labels={labels}", "joint.lr=1e-9")
@@ -87,7 +100,7 @@ def test_behind_stages_1_and_2_heads_are_called_by_the_labels(finished: Path, co
     # Hardly anything was learnt at that rate: the result is the chosen head, called by the labels.
     assert (named[table["sample_id"].to_numpy()] == table["cluster"].to_numpy()).mean() > 0.9
     assert load_joint(artifact(run, "joint")).head(torch.zeros(1, 128)).shape == (1, 10)
-    assert [row["method"] for row in evaluate(run)["rows"]][-1] == "labels given"
+    assert [row["method"] for row in evaluate(run)["rows"]][-2:] == ["SPICE_s", "labels given"]
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -25,7 +25,7 @@ def test_a_sweep_shares_stages_1_and_2_and_ranks_by_the_unsupervised_loss(copied
 
     assert len(rows) == 4
     assert [row["loss"] for row in rows] == sorted(row["loss"] for row in rows)
-    for kind, count in (("encoder", 1), ("embedding", 1), ("heads", 1), ("reliable", 2)):
+    for kind, count in (("encoder", 1), ("embedding", 1), ("heads", 1), ("neighbors", 1), ("reliable", 2)):
         assert len(list(artifacts.glob(f"{kind}-*"))) == count
     after = {folder.name: folder.stat().st_mtime_ns for folder in artifacts.iterdir()}
     assert {name: after[name] for name in before} == before

@@ -13,7 +13,7 @@ import pytest
 
 from tests.end_to_end.small_runs import Corpus
 
-STAGES = ["shards", "encoder", "embedding", "heads", "reliable", "joint", "assignments"]
+STAGES = ["shards", "encoder", "embedding", "heads", "neighbors", "reliable", "joint", "assignments"]
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 SLOW_ENOUGH = ["scale.checkpoint_seconds=0.2"]
 

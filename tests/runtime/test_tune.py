@@ -1,12 +1,15 @@
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
-from spice_ray.config import Sweep
+from spice_ray.config import ImageRecipe, Sweep
 from spice_ray.recipe import load_recipe
-from spice_ray.runtime.tune import row_of
+from spice_ray.runtime.neighbors import WIDEST
+from spice_ray.runtime.tune import most_neighbors, row_of, write_trials
 
 SWEEP = Sweep(recipe="digits", space={"joint.lr": ["1e-3", 0.01], "reliable.neighbors": [10]})
 
@@ -33,3 +36,37 @@ def test_a_trial_that_died_says_so() -> None:
     died = SimpleNamespace(metrics=None, config={"joint.lr": 0.01, "reliable.neighbors": 10}, error="a\nworker died")
     row = row_of(died, SWEEP, load_recipe("digits", []))
     assert (row["loss"], row["note"]) == (None, "worker died")
+
+
+@pytest.mark.parametrize(
+    ("base", "values", "expected"),
+    [
+        ("null", [10, 30], WIDEST),
+        ("null", [50, 200, 120], 200),
+        ("null", ["200", "adaptive", None], 200),
+        ("150", [50, 100], 150),
+        ("adaptive", [30], WIDEST),
+    ],
+)
+def test_all_trials_share_as_many_neighbours_as_any_asks(base: str, values: list[Any], expected: int) -> None:
+    recipe = load_recipe("digits", [f"reliable.neighbors={base}"])
+    assert isinstance(recipe, ImageRecipe)
+    assert most_neighbors(recipe, Sweep(recipe="digits", space={"reliable.neighbors": values})) == expected
+
+
+def test_numbers_beside_words_are_words_in_the_table_of_trials(tmp_path: Path) -> None:
+    sweep = Sweep(recipe="digits", space={"reliable.neighbors": [10, "adaptive", None], "joint.lr": [0.1]})
+    rows = [
+        {
+            "values": {"reliable.neighbors": value, "joint.lr": 0.1},
+            "loss": 1.5,
+            "reliable": 7,
+            "seconds": 2.0,
+            "note": "",
+        }
+        for value in (10, "adaptive", None)
+    ]
+    write_trials(tmp_path / "trials.parquet", rows, sweep)
+    table = pq.read_table(tmp_path / "trials.parquet")
+    assert table["reliable.neighbors"].to_pylist() == ["10", "adaptive", None]
+    assert table["joint.lr"].to_pylist() == [0.1] * 3

@@ -19,7 +19,8 @@ def test_training_is_over_when_the_share_has_not_grown_for_so_many_steps() -> No
     assert steps_until_over([0.1, 0.2, 0.2, 0.2], 200) == 4 * WINDOW
     assert steps_until_over([0.1, 0.2, 0.2, 0.2], 100) == 3 * WINDOW
     assert steps_until_over([0.1, 0.2, 0.2, 0.3, 0.3], 200) is None
-    assert steps_until_over([0.0], 100) == WINDOW
+    assert steps_until_over([0.0, 0.0, 0.0, 0.3, 0.3], 100) == 5 * WINDOW
+    assert steps_until_over([0.0] * 9, 100) is None
 
 
 def test_less_than_a_thousandth_is_no_growth_unless_it_adds_up() -> None:
@@ -29,9 +30,11 @@ def test_less_than_a_thousandth_is_no_growth_unless_it_adds_up() -> None:
 
 def test_only_whole_windows_are_looked_at() -> None:
     plateau = Plateau(100, CPU)
-    for step in range(1, WINDOW):
-        plateau.add(step, torch.tensor(0.0))
+    for step in range(1, 2 * WINDOW):
+        plateau.add(step, torch.tensor(0.5))
     assert not plateau.is_over
+    plateau.add(2 * WINDOW, torch.tensor(0.5))
+    assert plateau.is_over
 
 
 def test_a_plateau_goes_on_from_its_state_in_the_middle_of_a_window() -> None:
