@@ -212,6 +212,9 @@ class Reliable(Settings):
     """tau_c: a sample is reliable when a larger share of its neighbours has its label."""
     min_confidence: Annotated[float, Field(ge=0, lt=1)] = 0
     """A sample is reliable only when its head is surer than this; 0: no such gate."""
+    index: Literal["exact", "ivf"] = "exact"
+    """How neighbours are found: exact compares all rows; ivf, for many millions of them, those of the nearest of
+    faiss's inverted lists, as many as find 99 % of the neighbours of a sample."""
     balance: Literal["none", "weights", "smallest"] = "none"
     strict: bool = False
 

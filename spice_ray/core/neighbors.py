@@ -161,8 +161,7 @@ class NeighborSearch:
             # index_select copies whole rows, which an index by a tensor does not.
             rows = self._grid[chosen] if isinstance(chosen, slice) else self._grid.index_select(0, chosen)
             return rows.double()
-        rows = _take(self._embeddings, chosen).to(device=self._device).float()
-        return rows.double().add_(_ROUNDER).sub_(_ROUNDER)
+        return on_grid(take_rows(self._embeddings, chosen).to(device=self._device))
 
     def _kept_grid(self) -> Tensor | None:
         """All rows on the grid, where they are not too many."""
@@ -184,13 +183,19 @@ def _check_request(num_rows: int, k: int, block: int) -> None:
 
 def _check_finite(embeddings: Rows, step: int) -> None:
     for first in range(0, len(embeddings), step):
-        finite = torch.isfinite(_take(embeddings, slice(first, first + step))).all(dim=1)
+        finite = torch.isfinite(take_rows(embeddings, slice(first, first + step))).all(dim=1)
         if not finite.all():
             row = first + int((~finite).nonzero()[0, 0])
             raise ValueError(f"row {row} of the embeddings is not finite; neighbours need finite unit rows")
 
 
-def _take(embeddings: Rows, chosen: slice | Tensor) -> Tensor:
+def on_grid(rows: Tensor) -> Tensor:
+    """Rows rounded to multiples of 2^-26, float64."""
+    return rows.float().double().add_(_ROUNDER).sub_(_ROUNDER)
+
+
+def take_rows(embeddings: Rows, chosen: slice | Tensor) -> Tensor:
+    """The chosen rows as a tensor, (n, D)."""
     if isinstance(embeddings, Tensor):
         return embeddings.detach()[chosen]
     # The copy is for memory maps that cannot be written, which torch does not take.

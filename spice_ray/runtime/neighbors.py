@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from spice_ray.config import Scale
 from spice_ray.contracts import NEIGHBORS
+from spice_ray.core.inverted_lists import ListSearch, build_lists, choose_probes
 from spice_ray.core.neighbors import NeighborSearch
 from spice_ray.runtime.cluster import room
 from spice_ray.runtime.memory import free_on_device
-from spice_ray.storage import Artifact, publish, reporting_disk_errors
+from spice_ray.storage import Artifact, publish, read_json, reporting_disk_errors, write_json
 
 WIDEST = 100
 """Neighbours that are looked for at least, where there are so many other rows: as many as a recipe takes unless it says
@@ -61,6 +62,8 @@ class NeighborJob:
     part_rows: int
     """Rows of a part; the last may have fewer."""
     parts: Path
+    lists_key: int | None = None
+    """Look into inverted lists that depend on this key; none: compare all rows."""
 
     @property
     def starts(self) -> range:
@@ -70,6 +73,16 @@ class NeighborJob:
     def part(self, start: int) -> Path:
         """The file of the part that begins there."""
         return self.parts / f"{start:012d}.npy"
+
+    @property
+    def lists(self) -> Path:
+        """The file of the inverted lists."""
+        return self.parts / "lists.faiss"
+
+    @property
+    def recall(self) -> Path:
+        """What they find."""
+        return self.parts / "recall.json"
 
     def is_found(self, start: int) -> bool:
         """Whether that file is there and whole."""
@@ -100,7 +113,11 @@ class PartFinder:
         rows = TrainRows(job.file, job.train_ids)
         fits = 4 * rows.shape[0] * rows.shape[1] <= free_on_device(device, gpus)
         self._job = job
-        self._search = NeighborSearch(_on_device(rows, device) if fits else rows, job.k, device=device)
+        self._search = (
+            NeighborSearch(_on_device(rows, device) if fits else rows, job.k, device=device)
+            if job.lists_key is None
+            else open_lists(job)
+        )
 
     def find(self, start: int) -> int:
         """Write the part that begins at ``start`` and give the number of its rows."""
@@ -113,6 +130,29 @@ class PartFinder:
                 np.save(stream, found.numpy().astype(np.int32))
             unfinished.rename(file)
         return len(found)
+
+
+def open_lists(job: NeighborJob) -> ListSearch:
+    """The lists that :func:`make_lists` made; their rows are mapped, so that a node holds them once."""
+    import faiss
+
+    index = faiss.read_index(str(job.lists), faiss.IO_FLAG_MMAP)
+    return ListSearch(index, TrainRows(job.file, job.train_ids), job.k, read_json(job.recall)["probes"])
+
+
+def make_lists(job: NeighborJob) -> None:
+    """Make the lists in this process, which holds all rows meanwhile, and choose how many are looked into."""
+    import faiss
+
+    assert job.lists_key is not None
+    rows = TrainRows(job.file, job.train_ids)
+    with reporting_disk_errors(job.parts):
+        index = build_lists(rows, job.lists_key)
+        unfinished = job.lists.with_suffix(".unfinished")
+        faiss.write_index(index, str(unfinished))
+        unfinished.rename(job.lists)
+        recall = choose_probes(index, rows, job.k, job.lists_key)
+        write_json(job.recall, {"lists": index.nlist, **recall._asdict()})  # last: its presence means complete
 
 
 def _on_device(rows: TrainRows, device: torch.device) -> torch.Tensor:
@@ -157,7 +197,13 @@ def _found(job: NeighborJob, scale: Scale, missing: list[int]) -> Iterator[int]:
     """Find the missing parts, and give the number of rows of each."""
     if not missing:
         return
-    if len(job.starts) == 1:
+    is_small = len(job.starts) == 1
+    if job.lists_key is not None and not job.recall.is_file():
+        if is_small:
+            make_lists(job)
+        else:
+            ray.get(ray.remote(make_lists).options(num_cpus=scale.cpus_per_worker).remote(job))
+    if is_small:
         yield from map(PartFinder(job, gpus=0).find, missing)
         return
     remote = ray.remote(NeighborActor).options(
@@ -185,7 +231,8 @@ def publish_neighbors(
             array[done : done + len(part)] = part
             done += len(part)
         array.flush()
-        return {"num_rows": shape[0], "neighbors": job.k}
+        recall = None if job.lists_key is None else read_json(job.recall)
+        return {"num_rows": shape[0], "neighbors": job.k, "recall": recall}
 
     found = publish(root, NEIGHBORS, print_, write)
     shutil.rmtree(job.parts, ignore_errors=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from spice_ray.config import Recipe
 from spice_ray.contracts import CLUSTER_COUNT, HEADS, LABELS, NEIGHBORS, PRIOR, RELIABLE
+from spice_ray.core.order import stream_key
 from spice_ray.core.unsupervised_loss import perfect_loss
 from spice_ray.errors import DamagedError, StorageError
 from spice_ray.image_counts import num_neighbors
@@ -179,22 +180,35 @@ class Pipeline(ABC):
     def neighbors(self) -> Artifact:
         """Who the nearest of each row are, in the embedding: at least as many as the reliable labels ask.
 
-        No fingerprint has it, as the first of more neighbours are the same.
+        The first of more neighbours are the same, so that no fingerprint has those that are exact.
         """
         recipe, embedding = self.settled, self.embedding
         num_rows = self.train_shards.num_counted
         asked = num_neighbors(recipe.reliable, num_rows, recipe.num_clusters)
         k = min(max(self.most_neighbors, asked or 0), num_rows - 1)
-        settings = {"neighbors": k, "protocol": recipe.protocol}
+        settings: dict[str, Any] = {"neighbors": k, "protocol": recipe.protocol}
+        lists_key = None
+        if recipe.reliable.index == "ivf":
+            settings |= {"index": "ivf", "seed": recipe.seed}
+            lists_key = stream_key(recipe.seed, "lists")
 
         def make(print_: str, progress: Path, show: Show) -> None:
             part_rows = rows_of_part(num_rows, embedding.manifest["embed_dim"])
             parts = self.run.checkpoints / f"{NEIGHBORS}-{print_}"
-            job = NeighborJob(embedding.file("embedding.npy"), training_ids(self.train_shards), k, part_rows, parts)
+            job = NeighborJob(
+                embedding.file("embedding.npy"), training_ids(self.train_shards), k, part_rows, parts, lists_key
+            )
             tell = ProgressWriter(progress, "all").write
             watched(lambda: publish_neighbors(self._root, print_, job, recipe.scale, tell), progress, show)
 
-        return self._artifact(NEIGHBORS, "nearest neighbours", "rows", settings, [embedding], make)
+        found = self._artifact(NEIGHBORS, "nearest neighbours", "rows", settings, [embedding], make)
+        recall = found.manifest["recall"]
+        if recall is not None:
+            self.reporter.note(
+                f"neighbours are looked for in {recall['probes']} of {recall['lists']} lists, which have "
+                f"{recall['share']:.2%} of those of {recall['rows']} sampled rows"
+            )
+        return found
 
     @cached_property
     def reliable(self) -> Artifact:
@@ -209,7 +223,8 @@ class Pipeline(ABC):
         def make(print_: str, progress: Path, show: Show) -> None:
             publish_reliable(self._root, print_, recipe, heads, neighbors, training_ids(self.train_shards))
 
-        found = self._artifact(RELIABLE, "reliable pseudo-labels", "images", settings, [heads], make)
+        parents = [heads] if recipe.reliable.index == "exact" else [heads, neighbors]
+        found = self._artifact(RELIABLE, "reliable pseudo-labels", "images", settings, parents, make)
         check_clusters(found, recipe)
         kept = found.manifest["kept"]
         if 0 in kept:

@@ -33,6 +33,8 @@ from spice_ray.stages.features import Features
 
 TEMPERATURE = 0.2
 """Of the tempered cross-entropy ablation, in the E-step and the loss alike."""
+_ROWS_AT_ONCE = 4096
+"""Rows that are judged at once: an actor's peak of memory."""
 
 Classify = Callable[[Tensor], Tensor]
 """From pooled features, (B, D), to logits, (B, K)."""
@@ -246,8 +248,9 @@ def evaluate_head(
     """The unsupervised loss over ``rows``, on plain views."""
     table = new_table(num_clusters, len(rows), features.device)
     blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, len(rows), BLOCK_ROWS)]
-    for block in blocks:
-        table[:, block] = classify(features.view("plain", rows[block])).T
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        few = slice(start, start + _ROWS_AT_ONCE)
+        table[:, few] = classify(features.view("plain", rows[few])).T
     return unsupervised_loss(
         lambda: (features.embedding(rows[block]) for block in blocks),
         table,

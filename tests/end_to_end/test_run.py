@@ -24,7 +24,7 @@ from spice_ray.runtime.tune import SilentReporter
 from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, cluster, damage, small_recipe
 
 COLUMNS = ["sample_id", "source", "split", "cluster", "confidence", "consistency", "reliable"]
-KINDS = ["shards", "encoder", "embedding", "heads", "reliable", "joint", "assignments"]
+KINDS = ["shards", "encoder", "embedding", "heads", "neighbors", "reliable", "joint", "assignments"]
 
 
 def digests(run: Path) -> dict[str, str]:

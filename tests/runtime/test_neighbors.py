@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from spice_ray.core.neighbors import exact_neighbors
 from spice_ray.errors import StorageError
 from spice_ray.runtime import neighbors
 from spice_ray.runtime.neighbors import NeighborJob, find_neighbors, publish_neighbors, rows_of_part
+from spice_ray.storage import read_json
 from tests.processes import own_actors
 
 NUM_ROWS, K = 400, 7
@@ -47,13 +49,25 @@ def expected(embedding: Path) -> np.ndarray:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_neighbors_are_the_same_from_the_driver_and_from_1_and_2_actors(embedding: Path, tmp_path: Path) -> None:
+def test_neighbors_are_the_same_from_the_driver_and_from_actors_and_a_lost_part_alone_is_found_again(
+    embedding: Path, tmp_path: Path
+) -> None:
     whole = found(job_of(embedding, tmp_path / "whole", NUM_ROWS))
     assert np.array_equal(whole, expected(embedding))
     assert whole.dtype == np.int32
-    for workers in (1, 2):
-        parts = found(job_of(embedding, tmp_path / f"{workers}"), Scale(workers=workers))
-        assert np.array_equal(parts, whole)
+    job = job_of(embedding, tmp_path / "parts")
+    assert np.array_equal(found(job, Scale()), whole)
+
+    times = {file: file.stat().st_mtime_ns for file in job.parts.iterdir()}
+    assert len(times) == 5
+    lost, cut = job.part(90), job.part(180)
+    lost.unlink()
+    cut.write_bytes(cut.read_bytes()[:-40])  # after a loss of power
+    (job.parts / "half.unfinished").write_bytes(b"half")
+    one_actor = Scale(cpus_per_worker=2)
+    assert np.array_equal(found(job, one_actor), whole)
+    kept = {file: at for file, at in times.items() if file not in (lost, cut)}
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
 
 
 @pytest.mark.faults
@@ -72,7 +86,7 @@ def find_by_four(embedding: Path, folder: Path) -> None:
         job = job_of(embedding, folder / "parts", part_rows=1)
         killer = threading.Thread(target=kill_an_actor, args=(folder / "parts", killed), daemon=True)
         killer.start()
-        np.save(folder / "found.npy", found(job, Scale(workers=4)))
+        np.save(folder / "found.npy", found(job))
         ray.shutdown()
     assert killed.is_set()
 
@@ -97,17 +111,23 @@ def test_what_was_found_before_an_interruption_is_not_looked_for_again(embedding
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_lost_part_alone_is_found_again(embedding: Path, tmp_path: Path) -> None:
-    job = job_of(embedding, tmp_path / "parts")
-    whole = found(job)
-    times = {file: file.stat().st_mtime_ns for file in job.parts.iterdir()}
-    lost = job.part(90)
-    lost.unlink()
-    (job.parts / "half.unfinished").write_bytes(b"half")
-    assert np.array_equal(found(job), whole)
-    assert {file: file.stat().st_mtime_ns for file in times if file != lost} == {
-        file: at for file, at in times.items() if file != lost
-    }
+def test_lists_are_made_once_and_shared_by_the_actors(embedding: Path, tmp_path: Path) -> None:
+    whole = replace(job_of(embedding, tmp_path / "whole", NUM_ROWS), lists_key=5)
+    parts = replace(job_of(embedding, tmp_path / "parts"), lists_key=5)
+    found_whole = found(whole)
+    assert np.array_equal(found(parts), found_whole)
+    recall = read_json(parts.recall)
+    assert recall == read_json(whole.recall)
+    assert recall["share"] >= 0.99
+    assert recall["lists"] == len(IDS) // 39
+    hits = [len(np.intersect1d(a, b)) for a, b in zip(found_whole, expected(embedding), strict=True)]
+    assert sum(hits) / expected(embedding).size == pytest.approx(recall["share"], abs=1e-9)
+    made = whole.lists.stat().st_mtime_ns
+    whole.part(0).unlink()
+    assert np.array_equal(found(whole), found_whole)
+    assert whole.lists.stat().st_mtime_ns == made
+    artifact = publish_neighbors(tmp_path / "artifacts", "a", parts, Scale(), lambda done, total: None)
+    assert artifact.manifest["recall"] == recall
 
 
 def test_the_artifact_holds_all_parts_and_leaves_none_behind(embedding: Path, tmp_path: Path) -> None:
@@ -115,6 +135,7 @@ def test_the_artifact_holds_all_parts_and_leaves_none_behind(embedding: Path, tm
     artifact = publish_neighbors(tmp_path / "artifacts", "a", job, Scale(), lambda done, total: None)
     assert np.array_equal(np.load(artifact.file("neighbors.npy")), expected(embedding))
     assert artifact.manifest["neighbors"] == K
+    assert artifact.manifest["recall"] is None
     assert not job.parts.exists()
 
 
