@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from augment import MEAN, STD, Repeated, cut_out, four_operations, weak_transforms
 from PIL import Image
-from pretrain_sides import TurnProgress, make_images, prepared_views
+from pretrain_sides import TurnProgress, make_images, prepared_views, resident
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -23,18 +23,16 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms import v2
 from turns import Turn
 
-from spice_ray.contracts import ShardFile
 from spice_ray.core.augment import Augmentation
 from spice_ray.core.encoders import build_encoder, set_lanes
 from spice_ray.core.heads import ClusterHead
 from spice_ray.core.joint import JointModel
-from spice_ray.core.lanes import Lanes, ResidentLanes, Rows, Stream, serve, shuffle_window
-from spice_ray.core.order import Pick, permutation, stream_key, with_replacement
+from spice_ray.core.lanes import Lanes, Stream, shuffle_window
+from spice_ray.core.order import stream_key, with_replacement
 from spice_ray.settings import Joint
 from spice_ray.stages.train_joint import train_joint
 
 CLASSES, SIDE = 10, 32
-_FILES = 16
 
 
 def new_model(encoder: str) -> JointModel:
@@ -63,11 +61,11 @@ class PreparedViews:
 
 
 def ours(settings: Joint, encoder: str, count: int, device: torch.device, turn: Turn) -> None:
-    images = make_images(count).to(device)
-    known = _resident(images, settings, settings.labelled_batch, with_replacement, device)
-    rows = settings.labelled_batch * settings.unlabelled_ratio
-    everything = _resident(images, settings, rows, permutation, device)
-    _train(settings, encoder, known, everything, Augmentation("natural", MEAN, STD), count, device, turn)
+    images, few, window = make_images(count), settings.labelled_batch // settings.lanes, shuffle_window(SIDE)
+    known = Stream(stream_key(0, "labelled"), few, window, with_replacement)
+    everything = Stream(stream_key(0, "unlabelled"), few * settings.unlabelled_ratio, window)
+    lanes = [resident(images, settings.lanes, stream, device) for stream in (known, everything)]
+    _train(settings, encoder, *lanes, Augmentation("natural", MEAN, STD), count, device, turn)
 
 
 def ours_prepared(settings: Joint, encoder: str, device: torch.device, turn: Turn) -> None:
@@ -100,18 +98,6 @@ def _train(
         wrap=lambda module: module,
         progress=TurnProgress(turn),
     )
-
-
-def _resident(images: Tensor, settings: Joint, batch: int, pick: Pick, device: torch.device) -> ResidentLanes:
-    rows = -(-len(images) // _FILES)
-    starts = range(0, len(images), rows)
-    sizes = [min(rows, len(images) - start) for start in starts]
-    files = [ShardFile(f"{start}", start, size, size, 0) for start, size in zip(starts, sizes, strict=True)]
-    lanes = serve(files, list(range(settings.lanes)), settings.lanes)
-    ids = torch.cat([torch.arange(f.first_id, f.first_id + f.rows) for lane in lanes.files for f in lane])
-    key = stream_key(0, "joint", batch)
-    stream = Stream(key, batch // settings.lanes, shuffle_window(SIDE), pick)
-    return ResidentLanes(lanes, Rows(images[ids.to(device)], ids.to(device)), stream, device)
 
 
 def passes(settings: Joint, encoder: str, device: torch.device, turn: Turn) -> None:

@@ -75,7 +75,8 @@ class PreparedViews:
 
 
 def ours(settings: Pretrain, count: int, device: torch.device, turn: Turn) -> None:
-    lanes = _resident(make_images(count), settings, device)
+    stream = Stream(stream_key(0, "pretrain"), settings.batch_size // settings.lanes, shuffle_window(_SIDE))
+    lanes = resident(make_images(count), settings.lanes, stream, device)
     _train(settings, lanes, Augmentation("natural", MEAN, STD), count, device, turn)
 
 
@@ -98,14 +99,13 @@ def _train(settings: Pretrain, lanes: Lanes, views: Any, count: int, device: tor
     )
 
 
-def _resident(images: Tensor, settings: Pretrain, device: torch.device) -> ResidentLanes:
+def resident(images: Tensor, num_lanes: int, stream: Stream, device: torch.device) -> ResidentLanes:
     rows = -(-len(images) // _FILES)
     starts = range(0, len(images), rows)
     sizes = [min(rows, len(images) - start) for start in starts]
     files = [ShardFile(f"{start}", start, size, size, 0) for start, size in zip(starts, sizes, strict=True)]
-    lanes = serve(files, list(range(settings.lanes)), settings.lanes)
+    lanes = serve(files, list(range(num_lanes)), num_lanes)
     ids = torch.cat([torch.arange(f.first_id, f.first_id + f.rows) for lane in lanes.files for f in lane])
-    stream = Stream(stream_key(0, "pretrain"), settings.batch_size // settings.lanes, shuffle_window(_SIDE))
     return ResidentLanes(lanes, Rows(images[ids].to(device), ids.to(device)), stream, device)
 
 
