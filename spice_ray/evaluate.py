@@ -60,8 +60,13 @@ def evaluate(run: Path, *, probe: bool = False) -> dict[str, Any]:
     images = _read_images(run, record)
     recipe = record["recipe"]
     scored = _labelled(images) & _in_splits(images, recipe["protocol"], ("test",))
-    if _were_given(record):
+    if _were_given(record) and scored.any():
         scored &= ~images.reliable  # what it was told says nothing of what it learnt
+        if not scored.any():
+            raise DataError(
+                f"every labelled image of {run} that protocol={recipe['protocol']} scores was given to stage 3, so "
+                "there is nothing to score; hold some labels back, or use protocol=split"
+            )
     if not scored.any():
         raise DataError(
             f"no image of {run} that protocol={recipe['protocol']} scores has a label, so there is nothing to score; "

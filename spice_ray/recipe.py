@@ -85,10 +85,11 @@ def check_trials(recipe: Recipe, sweep: Sweep) -> None:
     """
     if not isinstance(recipe, ImageRecipe):
         refuse_sweep()
-    if recipe.reliable.labels is not None and "joint.init" in sweep.space:
+    idle = [key for key in sweep.space if key == "joint.init" or key.startswith("reliable.")]
+    if recipe.reliable.labels is not None and idle:
         raise ConfigError(
-            "with reliable.labels joint.init says whether there are stages 1 and 2, which all trials share; run each "
-            "value of it by itself"
+            f"{idle[0]} cannot be swept with reliable.labels: there are no pseudo-labels, and stages 1 and 2 are those "
+            "of all trials or of none; sweep other settings of joint"
         )
     trials = itertools.product(*sweep.space.values())
     # A trial beyond that, of a random search in a vast space, would be refused when its turn comes.
@@ -194,11 +195,12 @@ def _type_of(values: dict[str, Any]) -> type[Recipe]:
     return ImageRecipe if values.keys() & _IMAGE_SECTIONS else Recipe
 
 
-_LABELS = "reliable.labels"
+_OF_ALL_TRIALS = ("reliable.index", "reliable.labels", "reliable.labels_digest")
+"""Neighbours and given labels are made once for all trials."""
 
 
 def _check_swept(key: str, file: str) -> None:
-    known = [k for k in setting_keys() if k.partition(".")[0] in SWEPT_SECTIONS and not k.startswith(_LABELS)]
+    known = [k for k in setting_keys() if k.partition(".")[0] in SWEPT_SECTIONS and k not in _OF_ALL_TRIALS]
     if key in known:
         return
     if key in setting_keys():

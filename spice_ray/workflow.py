@@ -97,7 +97,13 @@ def _with_labels(recipe: Recipe) -> Recipe:
     from spice_ray.readers.given_labels import read_given_labels
 
     path = os.path.abspath(os.path.expanduser(recipe.reliable.labels))
-    found = {"labels": path, "labels_digest": read_given_labels(path, recipe.num_clusters).digest()}
+    digest = read_given_labels(path, recipe.num_clusters).digest()
+    if recipe.reliable.labels_digest not in (None, digest):
+        raise ConfigError(
+            f"reliable.labels={path} holds other labels than those that the recipe was made with; give that file, or "
+            "leave reliable.labels_digest out"
+        )
+    found = {"labels": path, "labels_digest": digest}
     return recipe.model_copy(update={"reliable": recipe.reliable.model_copy(update=found)})
 
 

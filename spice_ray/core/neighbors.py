@@ -10,6 +10,7 @@ Of many rows on the CPU only candidates are compared exactly (neighbor_candidate
 Shapes: N rows, D embedding width, k neighbours, b rows of a query block, t rows of a bank tile.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -140,16 +141,8 @@ class NeighborSearch:
         return merge_pairs(best, pairs.queries, keys_of(torch.cat(exact).float().add_(0.0), pairs.rows))
 
     def _best_of_all(self, queries: Tensor, first: int) -> Tensor:
-        best = torch.full((len(queries), self._k), LOWEST_KEY, device=queries.device)
         own = torch.arange(first, first + len(queries), device=queries.device)
-        exact = queries.double()
-        for tile_first in range(0, len(self._embeddings), self._block):
-            bank = self._exact(slice(tile_first, tile_first + self._block))
-            similarities = (exact @ bank.T).float().add_(0.0)
-            rows = torch.arange(tile_first, tile_first + len(bank), device=queries.device)
-            similarities[rows == own[:, None]] = -torch.inf
-            best = merge_tile(best, similarities, rows)
-        return best
+        return best_of_all(queries.double(), own, self._exact, len(self._embeddings), self._k, self._block)
 
     def _rows(self, chosen: slice | Tensor) -> Tensor:
         """Rows on the grid, float32, (n, D)."""
@@ -187,6 +180,29 @@ def _check_finite(embeddings: Rows, step: int) -> None:
         if not finite.all():
             row = first + int((~finite).nonzero()[0, 0])
             raise ValueError(f"row {row} of the embeddings is not finite; neighbours need finite unit rows")
+
+
+def best_of_all(
+    queries: Tensor, own: Tensor, exact: Callable[[slice], Tensor], num_rows: int, k: int, block: int
+) -> Tensor:
+    """The k greatest keys of each query, falling, int64, (b, k): all rows are compared, tile by tile.
+
+    Args:
+        queries: Rows on the grid, float64, (b, D).
+        own: Their row numbers, which are left out, int64, (b,).
+        exact: Gives rows on the grid, float64.
+        num_rows: N.
+        k: Neighbours per row.
+        block: Rows of a tile.
+    """
+    best = torch.full((len(queries), k), LOWEST_KEY, device=queries.device)
+    for first in range(0, num_rows, block):
+        tile = exact(slice(first, first + block))
+        similarities = (queries @ tile.T).float().add_(0.0)
+        rows = torch.arange(first, first + len(tile), device=queries.device)
+        similarities[rows == own[:, None]] = -torch.inf
+        best = merge_tile(best, similarities, rows)
+    return best
 
 
 def on_grid(rows: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from spice_ray.config import ImageRecipe
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, ENCODER, JOINT, RELIABLE
-from spice_ray.errors import ConfigError
+from spice_ray.errors import ConfigError, DataError
 from spice_ray.image_counts import check_count
 from spice_ray.readers.given_labels import read_given_labels
 from spice_ray.runtime.data import Shards, check_lanes, open_shards
@@ -110,6 +110,8 @@ class ImagePipeline(Pipeline):
         def make(print_: str, progress: Path, show: Show) -> None:
             assert recipe.reliable.labels is not None
             given, shards = read_given_labels(recipe.reliable.labels, recipe.num_clusters), self.train_shards
+            if given.digest() != recipe.reliable.labels_digest:
+                raise DataError(f"{given.file} has changed since the run began; run the command again with a new --out")
             publish_given_labels(self._root, print_, given, recipe.num_clusters, shards, training_ids(shards), heads)
 
         found = self._artifact(RELIABLE, "given labels", "images", settings, parents, make)
@@ -150,7 +152,8 @@ class ImagePipeline(Pipeline):
         if self.recipe.is_supervised:
             return self
         self.reporter.note(f"stages 1 and 2: {self.heads.path.name}")
-        self.reporter.note(f"neighbours: {self.neighbors.path.name}")
+        if self.recipe.reliable.labels is None:
+            self.reporter.note(f"neighbours: {self.neighbors.path.name}")
         settled = self.settled
         assert isinstance(settled, ImageRecipe)
         return replace(self, recipe=settled)

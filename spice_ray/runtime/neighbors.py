@@ -16,6 +16,7 @@ from spice_ray.config import Scale
 from spice_ray.contracts import NEIGHBORS
 from spice_ray.core.inverted_lists import ListSearch, build_lists, choose_probes
 from spice_ray.core.neighbors import NeighborSearch
+from spice_ray.errors import StorageError
 from spice_ray.runtime.cluster import room
 from spice_ray.runtime.memory import free_on_device
 from spice_ray.storage import Artifact, publish, read_json, reporting_disk_errors, write_json
@@ -96,9 +97,9 @@ class NeighborJob:
 class NeighborActor:
     """Finds the neighbours of one part after the other."""
 
-    def __init__(self, job: NeighborJob, scale: Scale) -> None:
-        torch.set_num_threads(scale.cpus_per_worker)
-        self._parts = PartFinder(job, scale.gpus_per_worker)
+    def __init__(self, job: NeighborJob, cpus: int, gpus: float) -> None:
+        torch.set_num_threads(cpus)
+        self._parts = PartFinder(job, gpus)
 
     def find(self, start: int) -> int:
         """Write the part that begins at ``start`` and give the number of its rows."""
@@ -136,7 +137,14 @@ def open_lists(job: NeighborJob) -> ListSearch:
     """The lists that :func:`make_lists` made; their rows are mapped, so that a node holds them once."""
     import faiss
 
-    index = faiss.read_index(str(job.lists), faiss.IO_FLAG_MMAP)
+    try:
+        index: Any = faiss.read_index(str(job.lists), faiss.IO_FLAG_MMAP)
+    except RuntimeError:
+        job.recall.unlink(missing_ok=True)
+        raise StorageError(f"{job.lists} is damaged; run the same command again to make it anew") from None
+    # Else 32 threads of each actor would read lists ahead.
+    invlists: Any = faiss.downcast_InvertedLists(index.invlists)
+    invlists.prefetch_nthread = 0
     return ListSearch(index, TrainRows(job.file, job.train_ids), job.k, read_json(job.recall)["probes"])
 
 
@@ -149,7 +157,11 @@ def make_lists(job: NeighborJob) -> None:
     with reporting_disk_errors(job.parts):
         index = build_lists(rows, job.lists_key)
         unfinished = job.lists.with_suffix(".unfinished")
-        faiss.write_index(index, str(unfinished))
+        try:
+            faiss.write_index(index, str(unfinished))
+        except RuntimeError as error:
+            unfinished.unlink(missing_ok=True)
+            raise OSError(f"faiss could not write {unfinished.name}") from error
         unfinished.rename(job.lists)
         recall = choose_probes(index, rows, job.k, job.lists_key)
         write_json(job.recall, {"lists": index.nlist, **recall._asdict()})  # last: its presence means complete
@@ -206,15 +218,16 @@ def _found(job: NeighborJob, scale: Scale, missing: list[int]) -> Iterator[int]:
     if is_small:
         yield from map(PartFinder(job, gpus=0).find, missing)
         return
+    gpus = 0 if job.lists_key is not None else scale.gpus_per_worker  # lists are looked into by processors
     remote = ray.remote(NeighborActor).options(
         num_cpus=scale.cpus_per_worker,
-        num_gpus=scale.gpus_per_worker,
+        num_gpus=gpus,
         max_restarts=_RETRIES,
         max_task_retries=_RETRIES,
     )
     shared = ray.put(job)
-    count = max(1, min(room(scale.cpus_per_worker, scale.gpus_per_worker), len(missing)))
-    actors = [remote.remote(shared, scale) for _ in range(count)]
+    count = max(1, min(room(scale.cpus_per_worker, gpus), len(missing)))
+    actors = [remote.remote(shared, scale.cpus_per_worker, gpus) for _ in range(count)]
     yield from ray.util.ActorPool(actors).map_unordered(lambda actor, start: actor.find.remote(start), missing)
 
 

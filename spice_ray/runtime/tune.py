@@ -90,7 +90,7 @@ def most_neighbors(recipe: ImageRecipe, settings: Sweep) -> int:
     key = "reliable.neighbors"
     trials = [recipe, *(sweep_recipe(recipe, {key: value}) for value in settings.space.get(key, []))]
     asked = (trial.reliable.neighbors for trial in trials)
-    return max(WIDEST, *(value for value in asked if isinstance(value, int)))
+    return max([WIDEST, *(value for value in asked if isinstance(value, int))])
 
 
 def _finish_winner(pipeline: ImagePipeline, winner: ImageRecipe, folder: Path) -> None:

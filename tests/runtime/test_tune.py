@@ -46,12 +46,20 @@ def test_a_trial_that_died_says_so() -> None:
         ("null", ["200", "adaptive", None], 200),
         ("150", [50, 100], 150),
         ("adaptive", [30], WIDEST),
+        ("null", [None], WIDEST),
+        ("adaptive", ["adaptive"], WIDEST),
     ],
 )
 def test_all_trials_share_as_many_neighbours_as_any_asks(base: str, values: list[Any], expected: int) -> None:
     recipe = load_recipe("digits", [f"reliable.neighbors={base}"])
     assert isinstance(recipe, ImageRecipe)
     assert most_neighbors(recipe, Sweep(recipe="digits", space={"reliable.neighbors": values})) == expected
+
+
+def test_a_sweep_over_other_settings_asks_as_many_neighbours_as_any_run() -> None:
+    recipe = load_recipe("digits", [])
+    assert isinstance(recipe, ImageRecipe)
+    assert most_neighbors(recipe, Sweep(recipe="digits", space={"joint.confidence": [0.9]})) == WIDEST
 
 
 def test_numbers_beside_words_are_words_in_the_table_of_trials(tmp_path: Path) -> None:
