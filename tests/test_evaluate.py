@@ -73,6 +73,22 @@ def test_fewer_scored_images_than_clusters_leave_kmeans_null(tmp_path: Path) -> 
     assert method(result, "SPICE")["acc"] == 1.0
 
 
+def test_images_whose_label_was_given_do_not_count(tmp_path: Path) -> None:
+    given = [number < 30 for number in range(NUM_IMAGES)]
+    clusters = [number % 2 if number < 30 else 0 for number in range(NUM_IMAGES)]
+    run = make_run(tmp_path / "some", reliable=given, clusters=clusters)
+    recipe = json.loads((run / "run.json").read_text())["recipe"]
+    change_record(run, recipe={**recipe, "reliable": {"labels": "known.parquet"}})
+    result = evaluate(run)
+    assert (result["n"], result["acc"]) == (10, 0.5)
+    assert result["reliable"] == {"count": 30, "share": 0.75, "acc": None}
+    assert [row["method"] for row in result["rows"]][-1] == "labels given"
+    run = make_run(tmp_path / "all")
+    change_record(run, recipe={**recipe, "reliable": {"labels": "known.parquet"}})
+    with pytest.raises(DataError, match=r"every labelled image .* was given to stage 3"):
+        evaluate(run)
+
+
 def test_a_run_without_reliable_labels_has_a_share_of_zero_and_no_accuracy(tmp_path: Path) -> None:
     result = evaluate(make_run(tmp_path, reliable=[False] * NUM_IMAGES))
     assert result["reliable"] == {"count": 0, "share": 0.0, "acc": None}

@@ -236,6 +236,7 @@ def test_the_sweeps_beside_the_package_load_and_their_trials_can_be_run() -> Non
         ({"pretrain.temperature": [0.1]}, {}, "pretrain.temperature is shared by all trials of a sweep"),
         ({"seed": [1, 2]}, {}, "seed is shared by all trials"),
         ({"reliable.labels": ["a.parquet"]}, {}, "reliable.labels is shared by all trials"),
+        ({"reliable.index": ["exact", "ivf"]}, {}, "reliable.index is shared by all trials"),
         ({"joint.confidence": []}, {}, "space.joint.confidence=[] cannot be used"),
         ({"joint.confidence": 0.9}, {}, "space.joint.confidence=0.9 cannot be used"),
         ({}, {}, "space={} cannot be used"),
@@ -262,6 +263,15 @@ def test_every_value_of_a_sweep_is_checked_with_the_others_of_its_trial(tmp_path
         check_trials(recipe, load_sweep(sweep_file(tmp_path, {**fits, "joint.init": ["scratch", "stage2"]})))
     with pytest.raises(ConfigError, match=r"joint\.confidence=1\.5 cannot be used"):
         check_trials(recipe, load_sweep(sweep_file(tmp_path, {**fits, "joint.confidence": [0.5, 1.5]})))
+
+
+@pytest.mark.parametrize("key", ["joint.init", "reliable.min_consistency"])
+def test_what_given_labels_make_idle_cannot_be_swept(key: str, tmp_path: Path) -> None:
+    recipe = load_recipe("digits", ["reliable.labels=a.parquet"])
+    values = ["scratch", "stage2"] if key == "joint.init" else [0.5, 0.9]
+    with pytest.raises(ConfigError, match=f"{key} cannot be swept with reliable.labels"):
+        check_trials(recipe, load_sweep(sweep_file(tmp_path, {key: values})))
+    check_trials(recipe, load_sweep(sweep_file(tmp_path, {"joint.confidence": [0.5, 0.9]})))
 
 
 def test_a_vast_random_space_is_checked_in_a_moment(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from spice_ray import workflow
 from spice_ray.errors import ConfigError, DataError, StorageError
 from spice_ray.evaluate import evaluate
 from spice_ray.readers.given_labels import read_given_labels
+from spice_ray.runtime.tune import SilentReporter
 from spice_ray.runtime.weights import load_joint
 from spice_ray.storage import Artifact, open_artifact
 from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, cluster, small_recipe
@@ -120,6 +121,28 @@ def test_a_file_that_cannot_be_used_is_refused_before_anything_is_made(corpus: C
     with pytest.raises(DataError, match="does not exist"):
         workflow.prepare(recipe, str(corpus.parquet), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_labels_other_than_the_recipe_was_made_with_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+    labels = write_labels(tmp_path / "labels.parquet")
+    with pytest.raises(ConfigError, match="holds other labels than those that the recipe was made with"):
+        workflow.prepare(
+            small_recipe(f"reliable.labels={labels}", "reliable.labels_digest=0a"),
+            str(corpus.parquet),
+            tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_labels_that_change_while_a_run_is_under_way_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+    labels = write_labels(tmp_path / "labels.parquet")
+    recipe = small_recipe(f"reliable.labels={labels}", "joint.init=scratch")
+    prepared = workflow.prepare(recipe, str(corpus.parquet), tmp_path / "run")
+    write_labels(labels, GIVEN[1:])
+    with pytest.raises(DataError, match=r"labels.parquet has changed since the run began"):
+        workflow.run(prepared, SilentReporter())
+    assert not list((tmp_path / "run" / "artifacts").glob("reliable-*"))
 
 
 def test_settings_that_given_labels_leave_no_room_for_are_refused() -> None:

@@ -126,6 +126,16 @@ def test_lists_are_made_once_and_their_recall_is_noted(embedding: Path, tmp_path
     assert artifact.manifest["recall"] == recall
 
 
+def test_lists_that_are_damaged_are_made_anew_by_the_next_run(embedding: Path, tmp_path: Path) -> None:
+    job = replace(job_of(embedding, tmp_path / "parts", NUM_ROWS), lists_key=5)
+    by_lists = found(job)
+    job.part(0).unlink()
+    job.lists.write_bytes(job.lists.read_bytes()[:100])
+    with pytest.raises(StorageError, match=r"lists.faiss is damaged; run the same command again"):
+        found(job)
+    assert np.array_equal(found(job), by_lists)
+
+
 @pytest.mark.faults
 @pytest.mark.usefixtures("local_ray")
 def test_actors_share_the_lists_that_one_process_has_made(embedding: Path, tmp_path: Path) -> None:
