@@ -101,7 +101,7 @@ def test_one_image_has_no_accuracy_and_two_of_different_classes_have_zero(
 
 def test_a_run_on_embeddings_has_no_pixels_to_compare_with(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    change_record(run, recipe={"num_clusters": 2, "seed": 3, "protocol": "whole"})
+    change_record(run, recipe={"num_clusters": 2, "seed": 3, "protocol": "whole", "reliable": {}})
     assert [(row["method"], row["accuracy"]) for row in probe(run)] == [(name, 1.0) for name in METHODS[1:]]
 
 

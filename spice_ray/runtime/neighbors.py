@@ -1,5 +1,6 @@
 """Nearest neighbours as an artifact: rows are shared among Ray actors, each of which looks for theirs among all."""
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ otherwise, so that sweeps over fewer of them share what was found."""
 _PRODUCTS_OF_PART = 2e11
 """Of two numbers each: some seconds of a processor. What takes no more in all is done by the driver, sooner than an
 actor would have been started."""
+_BYTES_OF_ACTOR = 1.5e9
+"""At most: rows that it keeps, what it compares at once, and torch."""
 _STEP = 1024
 _RETRIES = 3
 
@@ -226,7 +229,8 @@ def _found(job: NeighborJob, scale: Scale, missing: list[int]) -> Iterator[int]:
         max_task_retries=_RETRIES,
     )
     shared = ray.put(job)
-    count = max(1, min(room(scale.cpus_per_worker, gpus), len(missing)))
+    fit = ray.cluster_resources().get("memory", math.inf) // _BYTES_OF_ACTOR
+    count = int(max(1, min(room(scale.cpus_per_worker, gpus), fit, len(missing))))
     actors = [remote.remote(shared, scale.cpus_per_worker, gpus) for _ in range(count)]
     yield from ray.util.ActorPool(actors).map_unordered(lambda actor, start: actor.find.remote(start), missing)
 

@@ -92,4 +92,4 @@ def test_a_submitted_job_clusters_images(job_server: str, corpus: Corpus, recipe
     assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-3000:]
     table = pq.read_table(out / "assignments.parquet")
     assert table["sample_id"].to_pylist() == list(range(NUM_IMAGES))
-    assert len(json.loads((out / "run.json").read_text())["artifacts"]) == 8
+    assert len(json.loads((out / "run.json").read_text())["artifacts"]) == 9

@@ -311,8 +311,8 @@ class Steps:
 
 
 def train_patiently(recorder: Steps) -> TrainedJoint:
-    # Nothing is ever so sure: the agreeing share stays 0.
-    joint = settings(steps=1000, patience=100, confidence=0.999999)
+    # Hardly anything is learnt at that rate, so that the agreeing share is a matter of luck from the first window on.
+    joint = settings(steps=1000, patience=100, confidence=0, lr=1e-9)
     labelled, unlabelled = streams()
     known = {"labels": LABELS, "weights": WEIGHTS, "seed": SEED, "device": CPU, "wrap": wrap, "progress": recorder}
     return train_joint(joint, initial_model(), labelled, unlabelled, augmentation("digits"), **known)
@@ -320,14 +320,15 @@ def train_patiently(recorder: Steps) -> TrainedJoint:
 
 def test_training_that_gains_nothing_any_more_ends_early_and_stays_so_when_it_is_resumed():
     whole = Steps()
-    assert train_patiently(whole).steps == 100
-    assert whole.told[-2:] == [(99, 1000), (100, 100)]
-    for stop in (60, 100):
+    steps = train_patiently(whole).steps
+    assert steps in range(200, 1000, 100)
+    assert whole.told == [(step, 1000) for step in range(1, steps)] + [(steps, steps)]
+    for stop in (steps - 40, steps):
         interrupted = Steps(stop=stop)
         with pytest.raises(KilledError):
             train_patiently(interrupted)
         resumed = Steps(interrupted.state)
-        assert train_patiently(resumed).steps == 100
+        assert train_patiently(resumed).steps == steps
         assert interrupted.told + resumed.told == whole.told
 
 
