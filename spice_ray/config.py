@@ -173,6 +173,11 @@ class ImageRecipe(Recipe):
                 f"reliable.labels says which clusters there are and num_clusters={self.asked_clusters} leaves their "
                 "number open; give one number"
             )
+        if self.joint.rounds > 1:
+            raise ValueError(
+                f"joint.rounds={self.joint.rounds} chooses reliable samples anew, and reliable.labels gives labels "
+                "that stay; leave one of them out"
+            )
         if self.is_supervised and self.heads.prior == ESTIMATE:
             raise ValueError(
                 "heads.prior=estimate needs an embedding, which reliable.labels with joint.init=scratch leaves out; "

@@ -19,6 +19,9 @@ SHARDS, LABELS, ENCODER, EMBEDDING = "shards", "labels", "encoder", "embedding"
 HEADS, RELIABLE, JOINT, ASSIGNMENTS = "heads", "reliable", "joint", "assignments"
 NEIGHBORS = "neighbors"
 """The nearest of each row that may be trained on: neighbors.npy, int32 (N, k), numbers among these rows."""
+PREDICTIONS = "predictions"
+"""What stage 3 has learned by the end of a round, for the next one: embedding.npy, unit rows, float32 (N, D);
+assignments.npy, int64 (N,); confidences.npy, float32 (N,)."""
 CLUSTER_COUNT, PRIOR = "cluster_count", "prior"
 """K where the recipe leaves it open, and the clusters' shares where they are estimated: between embedding and heads."""
 

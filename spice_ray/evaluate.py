@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from spice_ray.contracts import EMBEDDING, HEADS, LABELS, SHARDS, TRAIN_SPLITS, ShardFile
+from spice_ray.contracts import EMBEDDING, HEADS, LABELS, RELIABLE, SHARDS, TRAIN_SPLITS, ShardFile
 from spice_ray.core.metrics import clustering_accuracy, kmeans_labels, scores
 from spice_ray.errors import DataError, StorageError
 from spice_ray.readers.parts import format_of, images_of, read_part
@@ -94,6 +94,8 @@ class _Images:
     head_clusters: Ints | None
     """None where there were no heads: stage 3 alone learnt from labels that were given."""
     reliable: NDArray[np.bool_]
+    pseudo_labels: Ints
+    """What stage 3 learns from, where they are reliable: the chosen head's, or its own of the round before."""
     labels_true: Ints  # -1: not labelled
 
 
@@ -177,10 +179,10 @@ def _score_reliable(images: _Images, record: dict[str, Any]) -> dict[str, Any]:
     return {
         "count": count,
         "share": count / int(candidates.sum()) if candidates.any() else None,
-        # What stage 3 learns from are the head's labels; those that were given are the user's affair.
+        # Labels that were given are the user's affair.
         "acc": None
-        if images.head_clusters is None or _were_given(record) or not count
-        else clustering_accuracy(images.labels_true[chosen], images.head_clusters[chosen]),
+        if _were_given(record) or not count
+        else clustering_accuracy(images.labels_true[chosen], images.pseudo_labels[chosen]),
     }
 
 
@@ -205,6 +207,7 @@ def _read_images(run: Path, record: dict[str, Any]) -> _Images:
         clusters=np.full(num_images, -1),
         head_clusters=_head_clusters(run, record, num_images),
         reliable=np.zeros(num_images, np.bool_),
+        pseudo_labels=_read_pseudo_labels(_open(run, record, RELIABLE), num_images),
         labels_true=_read_labels(_open(run, record, LABELS), num_images),
     )
     images.split[ids] = table["split"].to_pylist()
@@ -235,6 +238,16 @@ def _read_labels(artifact: Artifact, num_images: int) -> Ints:
         raise StorageError(f"{file} labels images beyond the {num_images} of the run; {_again(artifact.path)}")
     labels = np.full(num_images, _UNLABELLED, np.int64)
     labels[ids] = table["label"].to_numpy()
+    return labels
+
+
+def _read_pseudo_labels(artifact: Artifact, num_images: int) -> Ints:
+    """What the reliable samples were chosen among, (num_images,)."""
+    file = artifact.file("reliable.parquet")
+    with _reading(file, artifact.path):
+        labels: Ints = pq.read_table(file, columns=["labels"])["labels"].to_numpy()
+    if len(labels) != num_images:
+        raise StorageError(f"{file} has {len(labels)} rows for {num_images} images; {_again(artifact.path)}")
     return labels
 
 

@@ -91,6 +91,11 @@ def check_trials(recipe: Recipe, sweep: Sweep) -> None:
             f"{idle[0]} cannot be swept with reliable.labels: there are no pseudo-labels, and stages 1 and 2 are those "
             "of all trials or of none; sweep other settings of joint"
         )
+    if recipe.joint.rounds > 1:
+        raise ConfigError(
+            f"joint.rounds={recipe.joint.rounds} cannot be swept: trials train stage 3 once; use joint.rounds=1 and "
+            "run the winner with more"
+        )
     trials = itertools.product(*sweep.space.values())
     # A trial beyond that, of a random search in a vast space, would be refused when its turn comes.
     for values in itertools.islice(trials, _MOST_TRIALS_CHECKED):
@@ -195,8 +200,8 @@ def _type_of(values: dict[str, Any]) -> type[Recipe]:
     return ImageRecipe if values.keys() & _IMAGE_SECTIONS else Recipe
 
 
-_OF_ALL_TRIALS = ("reliable.index", "reliable.labels", "reliable.labels_digest")
-"""Neighbours and given labels are made once for all trials."""
+_OF_ALL_TRIALS = ("reliable.index", "reliable.labels", "reliable.labels_digest", "joint.rounds")
+"""Neighbours and given labels are made once for all trials, each of which trains stage 3 once."""
 
 
 def _check_swept(key: str, file: str) -> None:

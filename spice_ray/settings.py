@@ -248,6 +248,9 @@ class Joint(Settings):
     """Another encoder than stage 1's, only with ``init: scratch``."""
     init: Literal["stage2", "scratch"] = "stage2"
     steps: PositiveInt
+    rounds: PositiveInt = 1
+    """Train so many times, ``steps`` each: before each but the first, reliable samples are chosen anew among what the
+    model predicts by then, by neighbours in its own embedding."""
     patience: Annotated[int, Field(ge=100)] | None = None
     """Stop where the share of images whose views agree with confidence has not grown for so many steps; none: never."""
     labelled_batch: PositiveInt

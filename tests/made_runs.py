@@ -37,6 +37,8 @@ def make_run(
     publish(data, "labels", "b", lambda to: write_labels(to, classes))
     publish(artifacts, "embedding", "c", write_embedding)
     publish(artifacts, "heads", "d", lambda to: save(to / "assignments.npy", np.asarray(head_clusters)))
+    pseudo_labels = pa.table({"labels": head_clusters})
+    publish(artifacts, "reliable", "f", lambda to: write_table(to / "reliable.parquet", pseudo_labels))
     table = {
         "sample_id": np.arange(NUM_IMAGES)[::-1],
         "source": [f"{i}.png" for i in range(NUM_IMAGES)][::-1],
@@ -47,7 +49,8 @@ def make_run(
         "reliable": reliable[::-1],
     }
     pq.write_table(pa.table(table), folder / "run" / "assignments.parquet")
-    prints = {"shards": "a", "labels": "b", "embedding": "c", "heads": "d", "joint": None, "assignments": "e"}
+    prints = {"shards": "a", "labels": "b", "embedding": "c", "heads": "d", "reliable": "f"}
+    prints |= {"joint": None, "assignments": "e"}
     recipe = {"num_clusters": num_clusters, "seed": 3, "protocol": protocol, "image": {"size": SIZE}, "reliable": {}}
     write_json(folder / "run" / "run.json", {"artifacts": prints, "shards_root": "../data", "recipe": recipe})
     write_json(folder / "run" / "timing.json", {"pretrain": 1.5, "heads": 0.5})
@@ -56,6 +59,11 @@ def make_run(
 
 def save(file: Path, array: Any) -> dict[str, Any]:
     np.save(file, array)
+    return {}
+
+
+def write_table(file: Path, table: pa.Table) -> dict[str, Any]:
+    pq.write_table(table, file)
     return {}
 
 

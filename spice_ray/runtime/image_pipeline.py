@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from spice_ray.config import ImageRecipe
-from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, ENCODER, JOINT, RELIABLE
+from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, ENCODER, JOINT, PREDICTIONS, RELIABLE
+from spice_ray.core.order import stream_key
 from spice_ray.errors import ConfigError, DataError
 from spice_ray.image_counts import check_count
 from spice_ray.readers.given_labels import read_given_labels
 from spice_ray.runtime.data import Shards, check_lanes, open_shards
 from spice_ray.runtime.frozen import check_trainable, given_settings, publish_given
 from spice_ray.runtime.given_labels import publish_given_labels
-from spice_ray.runtime.inference import publish_assignments, publish_embedding, training_ids
+from spice_ray.runtime.inference import publish_assignments, publish_embedding, publish_predictions, training_ids
 from spice_ray.runtime.pipeline import Pipeline, Show, settings_of
 from spice_ray.runtime.progress import Done, watched
 from spice_ray.runtime.reliable import why_skip
@@ -22,6 +23,20 @@ from spice_ray.runtime.train import fit
 from spice_ray.runtime.workers import Host, JointJob, PretrainJob, publish_skipped, run_joint, run_pretrain
 from spice_ray.shards import splits_of
 from spice_ray.storage import Artifact, fingerprint
+
+
+@dataclass(frozen=True)
+class Round:
+    """One training of stage 3."""
+
+    number: int
+    """Counted from 1."""
+    reliable: Artifact
+    """What it learns from."""
+    neighbors: Artifact | None = None
+    """By which that was chosen; none where labels are given."""
+    before: Artifact | None = None
+    """The classifier that it starts from; none in the first round."""
 
 
 @dataclass(frozen=True)
@@ -124,17 +139,66 @@ class ImagePipeline(Pipeline):
     @cached_property
     def joint(self) -> Artifact:
         """Stage 3."""
-        recipe, reliable = self.recipe, self.reliable
+        return self._joint_of(self.last_round)
+
+    @cached_property
+    def first_round(self) -> Round:
+        """What stage 3 begins with."""
+        neighbors = None if self.recipe.reliable.labels is not None else self.neighbors
+        return Round(1, self.reliable, neighbors)
+
+    @cached_property
+    def last_round(self) -> Round:
+        """What the last round of stage 3 learns from; those before it are trained for it."""
+        round_ = self.first_round
+        while round_.number < self.recipe.joint.rounds:
+            joint = self._joint_of(round_)
+            if joint.manifest["skipped"] is not None:
+                break
+            following = self._round_after(round_, joint)
+            skip = self.why_skip_joint(following)
+            if skip is not None:
+                self.reporter.note(f"stage 3 ends with round {round_.number}: {skip}")
+                break
+            round_ = following
+        return round_
+
+    def _round_after(self, done: Round, joint: Artifact) -> Round:
+        predictions = self._predictions_of(joint)
+        neighbors = self.neighbors_in(predictions)
+        reliable = self.reliable_among(predictions, neighbors)
+        self.reporter.note(
+            f"round {done.number + 1} of stage 3: {sum(reliable.manifest['kept'])} reliable samples, "
+            f"{sum(done.reliable.manifest['kept'])} before"
+        )
+        return Round(done.number + 1, reliable, neighbors, joint)
+
+    def _predictions_of(self, joint: Artifact) -> Artifact:
+        recipe = self.settled
+        assert isinstance(recipe, ImageRecipe)
 
         def make(print_: str, progress: Path, show: Show) -> None:
-            job, skip = self.joint_job(print_), self.why_skip_joint()
+            def report(done: int, total: int) -> None:
+                show(Done(done, total, None))
+
+            publish_predictions(self._root, print_, recipe, recipe.scale, joint, self.train_shards, report)
+
+        settings = {"image": settings_of(recipe.image)}
+        return self._artifact(PREDICTIONS, "predictions for the next round", "images", settings, [joint], make)
+
+    def _joint_of(self, round_: Round) -> Artifact:
+        recipe = self.recipe
+
+        def make(print_: str, progress: Path, show: Show) -> None:
+            job, skip = self.joint_job(round_, print_), self.why_skip_joint(round_)
             if skip is not None:
                 self.reporter.note(f"stage 3 is skipped: {skip}")
                 publish_skipped(job, skip)
                 return
             watched(lambda: self._fit(run_joint, job, progress), progress, show)
 
-        found = self._artifact(JOINT, "stage 3: joint training", "steps", self._joint_settings(), [reliable], make)
+        title = "stage 3: joint training" + (f", round {round_.number}" if round_.before is not None else "")
+        found = self._artifact(JOINT, title, "steps", self._joint_settings(), joint_parents(round_), make)
         if found.manifest["skipped"] is None and found.manifest["steps"] < recipe.joint.steps:
             steps = found.manifest["steps"]
             self.reporter.note(f"stage 3 ended after {steps} of {recipe.joint.steps} steps: nothing grew any more")
@@ -158,7 +222,7 @@ class ImagePipeline(Pipeline):
         assert isinstance(settled, ImageRecipe)
         return replace(self, recipe=settled)
 
-    def joint_job(self, print_: str) -> JointJob:
+    def joint_job(self, round_: Round, print_: str) -> JointJob:
         """What a worker of stage 3 is given.
 
         Raises:
@@ -172,28 +236,31 @@ class ImagePipeline(Pipeline):
             recipe.joint,
             recipe.image,
             self.train_shards,
-            recipe.seed,
+            # Another round sees other images and views.
+            recipe.seed if round_.before is None else stream_key(recipe.seed, "round", round_.number),
             self.settled.num_clusters,
             recipe.joint.encoder or recipe.pretrain.encoder,
             encoder,
             heads,
-            self.reliable,
+            round_.before,
+            round_.reliable,
             self._root,
             print_,
         )
 
-    def joint_fingerprint(self) -> str:
+    def joint_fingerprint(self, round_: Round) -> str:
         """The name that stage 3's artifact has or will have."""
-        return fingerprint(JOINT, self._joint_settings(), [self.reliable.fingerprint])
+        parents = [parent.fingerprint for parent in joint_parents(round_)]
+        return fingerprint(JOINT, self._joint_settings(), parents)
 
-    def why_skip_joint(self) -> str | None:
+    def why_skip_joint(self, round_: Round) -> str | None:
         """Why stage 3 cannot be trained, or None.
 
         Raises:
             ConfigError: The same, of labels that are given.
         """
         rows = [file.rows for file in self.train_shards.files]
-        reason = why_skip(self.reliable, self.settled, rows, self.recipe.joint.lanes)
+        reason = why_skip(round_.reliable, self.settled, rows, self.recipe.joint.lanes)
         if reason is not None and self.recipe.reliable.labels is not None:
             raise ConfigError(reason)
         return reason
@@ -201,8 +268,7 @@ class ImagePipeline(Pipeline):
     @cached_property
     def assignments(self) -> Artifact:
         """Every image's cluster."""
-        recipe, joint = self.settled, self.joint
-        reliable = self.reliable
+        recipe, joint, reliable = self.settled, self.joint, self.last_round.reliable
         assert isinstance(recipe, ImageRecipe)
         settings = {"image": settings_of(recipe.image), "fraction": recipe.heads.confident_fraction}
 
@@ -220,9 +286,17 @@ class ImagePipeline(Pipeline):
         found = [self.shards_artifact]
         if not self.recipe.is_supervised:
             found += [self.encoder, self.embedding, self.heads]
-        if self.recipe.reliable.labels is None:
-            found.append(self.neighbors)
-        return [*found, self.reliable, self.joint]
+        last = self.last_round
+        if last.neighbors is not None:
+            found.append(last.neighbors)
+        return [*found, last.reliable, self.joint]
 
     def _joint_settings(self) -> dict[str, Any]:
-        return {"joint": settings_of(self.recipe.joint), "image": settings_of(self.recipe.image), **self._common()}
+        """Of every round: what one is does not depend on how many follow."""
+        joint = {key: value for key, value in settings_of(self.recipe.joint).items() if key != "rounds"}
+        return {"joint": joint, "image": settings_of(self.recipe.image), **self._common()}
+
+
+def joint_parents(round_: Round) -> list[Artifact]:
+    """What a round of stage 3 is made of."""
+    return [round_.reliable] if round_.before is None else [round_.reliable, round_.before]

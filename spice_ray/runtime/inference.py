@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from spice_ray.config import ImageRecipe, Scale
-from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, Bank, ShardFile
+from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, PREDICTIONS, Bank, ShardFile
 from spice_ray.core.unsupervised_loss import BLOCK_ROWS, unsupervised_loss
 from spice_ray.errors import TrainingError
 from spice_ray.readers.parts import images_of, read_column
@@ -175,32 +175,71 @@ def publish_assignments(
     """Classify all images and publish one row for each."""
 
     def write(folder: Path) -> dict[str, Any]:
-        logits = np.zeros((shards.num_rows, recipe.num_clusters), np.float32)
-        pooled: NDArray[np.floating] | None = None
-        identity: list[pa.Table] = []
-
-        def take(rows: pa.Table, values: NDArray[np.float32]) -> None:
-            nonlocal pooled
-            ids = rows["sample_id"].to_numpy()
-            identity.append(rows)
-            if pooled is None:
-                pooled = new_array(folder / "pooled.npy", (shards.num_rows, values.shape[1] - recipe.num_clusters))
-            logits[ids], pooled[ids] = values[:, : recipe.num_clusters], values[:, recipe.num_clusters :]
-
-        map_images(PredictImages, _job(joint, recipe, shards, scale), shards, scale, take, report)
-        assert pooled is not None
-        loss = final_loss(logits, pooled, training_ids(shards), recipe)
+        found = _predict_all(folder / "pooled.npy", recipe, scale, joint, shards, report)
+        loss = final_loss(found.logits, found.pooled, training_ids(shards), recipe)
         (folder / "pooled.npy").unlink()
-        confidences, clusters = torch.from_numpy(logits).softmax(dim=1).max(dim=1)
+        confidences, clusters = torch.from_numpy(found.logits).softmax(dim=1).max(dim=1)
         kept = read_reliable(reliable)
         if joint.manifest["skipped"] is not None:
             kept = kept._replace(weights=torch.zeros_like(kept.weights))
-        table = assignments_table(pa.concat_tables(identity), clusters.numpy(), confidences.numpy(), kept)
+        table = assignments_table(pa.concat_tables(found.identity), clusters.numpy(), confidences.numpy(), kept)
         pq.write_table(table, folder / "assignments.parquet")
         sizes = np.bincount(table["cluster"].to_numpy(), minlength=recipe.num_clusters)
         return {"unsupervised_loss": loss, "cluster_sizes": sizes.tolist()}
 
     return publish(root, ASSIGNMENTS, print_, write)
+
+
+def publish_predictions(
+    root: Path, print_: str, recipe: ImageRecipe, scale: Scale, joint: Artifact, shards: Shards, report: Report
+) -> Artifact:
+    """Classify all images for the next round of stage 3, and publish clusters, confidences and its embedding."""
+
+    def write(folder: Path) -> dict[str, Any]:
+        found = _predict_all(folder / "embedding.npy", recipe, scale, joint, shards, report)
+        for start in range(0, shards.num_rows, BLOCK_ROWS):
+            rows = found.pooled[start : start + BLOCK_ROWS]
+            rows[:] = F.normalize(torch.from_numpy(rows), dim=1).numpy()
+        found.pooled.flush()
+        confidences, clusters = torch.from_numpy(found.logits).softmax(dim=1).max(dim=1)
+        np.save(folder / "assignments.npy", clusters.numpy())
+        np.save(folder / "confidences.npy", confidences.numpy())
+        return {"num_images": shards.num_rows, "embed_dim": found.pooled.shape[1]}
+
+    return publish(root, PREDICTIONS, print_, write)
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    """What a classifier says of all images; rows of damaged files stay zero."""
+
+    logits: NDArray[np.float32]
+    """(N, K)."""
+    pooled: np.memmap[Any, Any]
+    """Its features, mapped, float32, (N, D)."""
+    identity: list[pa.Table]
+    """Who the readable rows are."""
+
+
+def _predict_all(
+    file: Path, recipe: ImageRecipe, scale: Scale, joint: Artifact, shards: Shards, report: Report
+) -> _Predicted:
+    """Classify all images; their features go to ``file``."""
+    logits = np.zeros((shards.num_rows, recipe.num_clusters), np.float32)
+    pooled: np.memmap[Any, Any] | None = None
+    identity: list[pa.Table] = []
+
+    def take(rows: pa.Table, values: NDArray[np.float32]) -> None:
+        nonlocal pooled
+        ids = rows["sample_id"].to_numpy()
+        identity.append(rows)
+        if pooled is None:
+            pooled = new_array(file, (shards.num_rows, values.shape[1] - recipe.num_clusters))
+        logits[ids], pooled[ids] = values[:, : recipe.num_clusters], values[:, recipe.num_clusters :]
+
+    map_images(PredictImages, _job(joint, recipe, shards, scale), shards, scale, take, report)
+    assert pooled is not None
+    return _Predicted(logits, pooled, identity)
 
 
 def final_loss(

@@ -178,11 +178,15 @@ class Pipeline(ABC):
 
     @cached_property
     def neighbors(self) -> Artifact:
-        """Who the nearest of each row are, in the embedding: at least as many as the reliable labels ask.
+        """Who the nearest of each row are, in the embedding."""
+        return self.neighbors_in(self.embedding)
+
+    def neighbors_in(self, embedding: Artifact) -> Artifact:
+        """Who the nearest of each row of ``embedding`` are: at least as many as the reliable labels ask.
 
         The first of more neighbours are the same, so that no fingerprint has those that are exact.
         """
-        recipe, embedding = self.settled, self.embedding
+        recipe = self.settled
         num_rows = self.train_shards.num_counted
         asked = num_neighbors(recipe.reliable, num_rows, recipe.num_clusters)
         k = min(max(self.most_neighbors, asked or 0), num_rows - 1)
@@ -213,17 +217,20 @@ class Pipeline(ABC):
     @cached_property
     def reliable(self) -> Artifact:
         """Reliable pseudo-labels."""
+        return self.reliable_among(self.heads, self.neighbors)
+
+    def reliable_among(self, labelled: Artifact, neighbors: Artifact) -> Artifact:
+        """The reliable ones of the pseudo-labels that stage 2, or a round of stage 3, has given."""
         recipe = self.settled
-        heads, neighbors = self.heads, self.neighbors
         asked = num_neighbors(recipe.reliable, self.train_shards.num_counted, recipe.num_clusters)
         settings = {"reliable": {**settings_of(recipe.reliable), "neighbors": asked or ADAPTIVE}, **self._common()}
         for name in ("strict", "labels", "labels_digest"):
             settings["reliable"].pop(name, None)
 
         def make(print_: str, progress: Path, show: Show) -> None:
-            publish_reliable(self._root, print_, recipe, heads, neighbors, training_ids(self.train_shards))
+            publish_reliable(self._root, print_, recipe, labelled, neighbors, training_ids(self.train_shards))
 
-        parents = [heads] if recipe.reliable.index == "exact" else [heads, neighbors]
+        parents = [labelled] if recipe.reliable.index == "exact" else [labelled, neighbors]
         found = self._artifact(RELIABLE, "reliable pseudo-labels", "images", settings, parents, make)
         check_clusters(found, recipe)
         kept = found.manifest["kept"]

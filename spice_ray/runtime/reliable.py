@@ -34,11 +34,11 @@ class ReliableTable(NamedTuple):
 
 
 def publish_reliable(
-    root: Path, print_: str, recipe: Recipe, heads: Artifact, neighbors: Artifact, train_ids: NDArray[np.int64]
+    root: Path, print_: str, recipe: Recipe, labelled: Artifact, neighbors: Artifact, train_ids: NDArray[np.int64]
 ) -> Artifact:
-    """Find the reliable samples among ``train_ids`` and publish them."""
-    labels = np.load(heads.file("assignments.npy"), mmap_mode="r")
-    confidences = np.load(heads.file("confidences.npy"), mmap_mode="r")
+    """Find the reliable samples among ``train_ids`` and publish them; ``labelled`` are heads, or predictions."""
+    labels = np.load(labelled.file("assignments.npy"), mmap_mode="r")
+    confidences = np.load(labelled.file("confidences.npy"), mmap_mode="r")
     # Copy on write: torch warns of what cannot be written.
     nearest = np.load(neighbors.file("neighbors.npy"), mmap_mode="c")
     asked = num_neighbors(recipe.reliable, len(train_ids), recipe.num_clusters)
@@ -56,7 +56,7 @@ def publish_reliable(
         torch.from_numpy(np.array(labels)),
         _by_id(found.consistency, train_ids, torch.full((len(labels),), torch.nan, dtype=torch.float64)),
         _by_id(found.weights, train_ids, torch.zeros(len(labels))),
-        _disagreement(heads),
+        _disagreement(labelled),
     )
 
     def write(folder: Path) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def why_skip(reliable: Artifact, recipe: Recipe, files: list[int], num_lanes: in
     return None
 
 
-def _disagreement(heads: Artifact) -> Tensor:
-    if "disagreement.npy" in {file.name for file in heads.path.iterdir()}:
-        return torch.from_numpy(np.load(heads.file("disagreement.npy")))
-    return torch.full((len(np.load(heads.file("assignments.npy"), mmap_mode="r")),), torch.nan)
+def _disagreement(labelled: Artifact) -> Tensor:
+    if "disagreement.npy" in {file.name for file in labelled.path.iterdir()}:
+        return torch.from_numpy(np.load(labelled.file("disagreement.npy")))
+    return torch.full((len(np.load(labelled.file("assignments.npy"), mmap_mode="r")),), torch.nan)

@@ -167,10 +167,10 @@ def _trial(config: dict[str, Any], *, pipeline: ImagePipeline, progress: Path) -
 
 def evaluate_trial(pipeline: ImagePipeline) -> dict[str, Any]:
     """Reliable labels and stage 3 in this process, and the loss that ranks the result."""
-    reliable, skip = pipeline.reliable, pipeline.why_skip_joint()
-    print_ = pipeline.joint_fingerprint()
+    round_ = pipeline.first_round
+    skip, print_ = pipeline.why_skip_joint(round_), pipeline.joint_fingerprint(round_)
     if open_artifact(pipeline.run.artifacts, JOINT, print_) is None:
-        job = pipeline.joint_job(print_)
+        job = pipeline.joint_job(round_, print_)
         if skip is not None:
             publish_skipped(job, skip)
         else:
@@ -179,7 +179,11 @@ def evaluate_trial(pipeline: ImagePipeline) -> dict[str, Any]:
             memory = image_budget(scale, device, _num_concurrent(scale))
             run_joint(job, Host(device, lambda module: module, TrialProgress(), memory, scale.accumulate))
     joint = pipeline.joint
-    return {"loss": trial_loss(pipeline, joint), "num_reliable": sum(reliable.manifest["kept"]), "note": skip or ""}
+    return {
+        "loss": trial_loss(pipeline, joint),
+        "num_reliable": sum(round_.reliable.manifest["kept"]),
+        "note": skip or "",
+    }
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from spice_ray.core.order import stream_key, with_replacement
 from spice_ray.runtime.data import Shards, open_lanes
 from spice_ray.runtime.memory import Budget
 from spice_ray.runtime.reliable import read_reliable
-from spice_ray.runtime.weights import load_encoder, load_head, save_weights
+from spice_ray.runtime.weights import load_encoder, load_head, load_joint, save_weights
 from spice_ray.settings import Image, Joint, Pretrain
 from spice_ray.stages.pretrain import pretrain
 from spice_ray.stages.train_joint import TrainedJoint, train_joint
@@ -54,6 +54,8 @@ class JointJob:
     encoder: Artifact | None
     heads: Artifact | None
     """None, both, where labels are given and nothing of stages 1 and 2 is needed."""
+    before: Artifact | None
+    """The classifier of the round before; none: this is the first."""
     reliable: Artifact
     root: Path
     fingerprint: str
@@ -144,7 +146,9 @@ def run_joint(job: JointJob, host: Host) -> None:
 
 
 def initial_joint(job: JointJob) -> JointModel:
-    """Where stage 3 starts: the result of stages 1 and 2, or random weights."""
+    """Where stage 3 starts: the round before, the result of stages 1 and 2, or random weights."""
+    if job.before is not None:
+        return load_joint(job.before)
     if job.settings.init == "stage2":
         model = stages_before(job)
         columns = job.reliable.manifest.get("columns")

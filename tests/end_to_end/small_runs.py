@@ -32,6 +32,16 @@ class Corpus:
     folder: Path
 
 
+class Notes(SilentReporter):
+    """Keeps what the user is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+
+
 def small_recipe(*more: str) -> ImageRecipe:
     recipe = load_recipe("digits", [*(f"{key}={value}" for key, value in OVERRIDES.items()), *more])
     assert isinstance(recipe, ImageRecipe)

@@ -18,20 +18,10 @@ from spice_ray.evaluate import evaluate
 from spice_ray.recipe import load_recipe
 from spice_ray.run_folder import science
 from spice_ray.runtime.tune import SilentReporter
-from tests.end_to_end.small_runs import Corpus, small_recipe
+from tests.end_to_end.small_runs import Corpus, Notes, small_recipe
 from tests.made_runs import change_record
 
 SETTINGS = ["heads.count=2", "heads.epochs=2", "heads.repeats=2"]
-
-
-class Notes(SilentReporter):
-    """Keeps what the user is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, sentence: str) -> None:
-        self.notes.append(sentence)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from spice_ray import workflow
 from spice_ray.errors import StorageError
 from spice_ray.recipe import load_recipe
-from spice_ray.runtime.tune import SilentReporter
+from tests.end_to_end.small_runs import Notes
 
 SIZES = [120, 80, 57, 43]
 SHARES = [size / 300 for size in SIZES]
@@ -26,16 +26,6 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(file, (np.eye(12)[labels] + 0.1 * rng.normal(size=(len(labels), 12))).astype(np.float32))
     np.save(file.with_name("four.labels.npy"), labels)
     return file
-
-
-class Notes(SilentReporter):
-    """Keeps what the user is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, sentence: str) -> None:
-        self.notes.append(sentence)
 
 
 def cluster(data: Path, out: Path, *settings: str) -> list[str]:

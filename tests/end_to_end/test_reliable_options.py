@@ -8,20 +8,10 @@ import pytest
 
 from spice_ray import workflow
 from spice_ray.recipe import load_recipe
-from spice_ray.runtime.tune import SilentReporter
 from spice_ray.storage import read_json
+from tests.end_to_end.small_runs import Notes
 
 SETTINGS = ["num_clusters=3", "heads.count=1", "heads.epochs=2", "heads.repeats=2", "heads.more=0"]
-
-
-class Notes(SilentReporter):
-    """Keeps what the user is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, sentence: str) -> None:
-        self.notes.append(sentence)
 
 
 @pytest.mark.usefixtures("local_ray")

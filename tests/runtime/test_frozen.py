@@ -174,6 +174,7 @@ def test_stage_3_begins_with_given_weights_and_its_result_is_built_again(tmp_pat
         settings.pretrain.encoder,
         pipeline.encoder,
         heads,
+        None,
         heads,
         root,
         "0c",
