@@ -30,7 +30,7 @@ from spice_ray.contracts import EMBEDDING, HEADS, LABELS
 from spice_ray.evaluate import evaluate
 from spice_ray.run_folder import read_finished
 from spice_ray.runtime.cluster import connected
-from spice_ray.runtime.tune import SilentReporter
+from spice_ray.runtime.progress import SilentReporter
 from spice_ray.storage import read_json
 
 MIXTURES = {

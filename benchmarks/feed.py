@@ -43,7 +43,7 @@ from spice_ray.readers.source import open_source
 from spice_ray.runtime.cluster import connected
 from spice_ray.runtime.data import Shards, load_rows, open_shards, stream_rows
 from spice_ray.runtime.ingest import ingest
-from spice_ray.runtime.tune import SilentReporter
+from spice_ray.runtime.progress import SilentReporter
 from spice_ray.settings import Pretrain
 from spice_ray.stages.pretrain import pretrain
 

@@ -27,7 +27,7 @@ from spice_ray.runtime.heads import HeadPool, publish_heads, train_ensemble
 from spice_ray.runtime.image_pipeline import ImagePipeline
 from spice_ray.runtime.inference import publish_embedding
 from spice_ray.runtime.ingest import ingest
-from spice_ray.runtime.tune import SilentReporter
+from spice_ray.runtime.progress import SilentReporter
 from spice_ray.storage import Artifact, open_artifact, publish
 from spice_ray.workflow import prepare
 

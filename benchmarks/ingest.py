@@ -37,8 +37,7 @@ from spice_ray.readers.runs import Task, write_runs
 from spice_ray.readers.source import open_source
 from spice_ray.runtime.cluster import connected
 from spice_ray.runtime.ingest import ingest
-from spice_ray.runtime.progress import Done
-from spice_ray.runtime.tune import SilentReporter
+from spice_ray.runtime.progress import Done, SilentReporter
 
 STORE_BYTES = 200 << 20
 

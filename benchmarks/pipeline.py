@@ -30,8 +30,7 @@ from spice_ray.evaluate import evaluate
 from spice_ray.recipe import load_recipe
 from spice_ray.runtime.cluster import connected
 from spice_ray.runtime.ingest import ingest
-from spice_ray.runtime.progress import Done
-from spice_ray.runtime.tune import SilentReporter
+from spice_ray.runtime.progress import Done, SilentReporter
 from spice_ray.storage import read_json
 from spice_ray.workflow import prepare, run
 

@@ -18,8 +18,8 @@ from spice_ray.contracts import Progress
 from spice_ray.runtime.cluster import connected
 from spice_ray.runtime.data import Shards, check_lanes, open_shards
 from spice_ray.runtime.ingest import ingest
+from spice_ray.runtime.progress import SilentReporter
 from spice_ray.runtime.train import fit
-from spice_ray.runtime.tune import SilentReporter
 from spice_ray.runtime.workers import Host, PretrainJob, run_pretrain
 from spice_ray.settings import Image, Pretrain
 

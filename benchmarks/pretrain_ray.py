@@ -28,8 +28,9 @@ from spice_ray.readers.parts import images_of, read_part
 from spice_ray.runtime.cluster import connected
 from spice_ray.runtime.data import Shards, open_shards
 from spice_ray.runtime.ingest import ingest
+from spice_ray.runtime.progress import SilentReporter
 from spice_ray.runtime.train import fit
-from spice_ray.runtime.tune import SilentReporter, TrialProgress
+from spice_ray.runtime.trial import TrialProgress
 from spice_ray.runtime.workers import Host, PretrainJob, augmentation_of, run_pretrain
 from spice_ray.settings import Image, Pretrain
 from spice_ray.stages.pretrain import pretrain

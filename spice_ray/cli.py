@@ -12,9 +12,10 @@ import typer
 from typer.core import TyperGroup
 
 from spice_ray import workflow
-from spice_ray.console import ConsoleReporter, probe_table, scores_table, seconds_table, trials_table
+from spice_ray.console import ConsoleReporter, probe_table, reuse_table, scores_table, seconds_table, trials_table
 from spice_ray.errors import DataError, SpiceError
-from spice_ray.recipe import load_recipe, load_sweep, recipe_names
+from spice_ray.recipe import load_recipe, recipe_names
+from spice_ray.sweep import load_sweep
 
 
 class _Commands(TyperGroup):
@@ -132,16 +133,17 @@ def tune(
     recipe: Annotated[str | None, typer.Option(help="Another recipe than the sweep's.")] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Sweep thresholds: stages 1 and 2 are done once, trials are ranked by the unsupervised loss."""
+    """Try settings of any stage: what trials share is done once, and they are ranked without labels."""
     from rich.console import Console
 
     settings = load_sweep(sweep)
     base = load_recipe(recipe or settings.recipe, overrides or [])
     prepared = workflow.prepare(base, data, out, labels_from_folders=labels_from_folders, trials=settings)
     name = Path(sweep).stem
-    rows = workflow.sweep(prepared, settings, name, ConsoleReporter(), verbose=verbose)
-    Console().print(trials_table(rows, list(settings.space)))
-    winner = ", ".join(f"{key}={value}" for key, value in rows[0]["values"].items())
+    result = workflow.sweep(prepared, settings, name, ConsoleReporter(), verbose=verbose)
+    keys, best = list(settings.space), result.rows[0]["values"]
+    Console().print(trials_table(result.rows, keys, settings.objective), reuse_table(result.reuse))
+    winner = ", ".join(f"{key}={value}" for key, value in best.items())
     typer.echo(f"winner: {winner}; its recipe and assignments are in {out / 'sweeps' / name}")
 
 

@@ -38,7 +38,8 @@ class Scale(Settings):
     """Parts that a worker computes a batch in, one after the other: a batch that its memory would not hold at once.
     SimCLR's batches stay whole in stage 1."""
     head_actors: PositiveInt | None = None
-    """Actors that share the heads; none: one per head where the cluster has room, else one per free processor."""
+    """Actors that share the heads, or the search for neighbours; none: one per head where the cluster has room, else
+    one per free processor."""
     head_gpus: Annotated[float, Field(ge=0)] = 0
     bank_memory: NonNegativeFloat | None = None
     """GiB of Ray's object store that the features for the heads may take; larger ones are mapped from the files of the
@@ -215,24 +216,4 @@ class ImageRecipe(Recipe):
                 f"joint.init=scratch needs joint.encoder, such as resnet18, where pretrain.encoder="
                 f"{self.pretrain.encoder} is used with its weights alone"
             )
-        return self
-
-
-SpaceValue = int | float | str | bool | None
-
-
-class Sweep(Settings):
-    """A sweep over settings of the reliable pseudo-labels and of stage 3; stages 1 and 2 are shared by all trials."""
-
-    recipe: str
-    space: Annotated[dict[str, Annotated[list[SpaceValue], Field(min_length=1)]], Field(min_length=1)]
-    """For each setting, the values to try."""
-    search: Literal["grid", "random"] = "grid"
-    samples: PositiveInt | None = None
-    """Trials of a random search."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.search == "random") != (self.samples is not None):
-            raise ValueError("samples goes with search: random, and search: random needs samples")
         return self

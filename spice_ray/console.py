@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -11,6 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from spice_ray.runtime.progress import Done
+
+if TYPE_CHECKING:
+    from spice_ray.runtime.trials_table import Reuse
 
 _SECONDS_BETWEEN_LINES = 10
 
@@ -137,15 +140,26 @@ def seconds_table(seconds: dict[str, float]) -> Table:
     return table
 
 
-def trials_table(rows: list[dict[str, Any]], keys: list[str]) -> Table:
+def trials_table(rows: list[dict[str, Any]], keys: list[str], objective: str) -> Table:
     """The trials of a sweep, best first."""
-    table = Table(title="trials by unsupervised loss, best first")
-    for name in ("rank", *keys, "loss", "reliable", "seconds", "note"):
+    title = objective.replace("_", " ")
+    table = Table(title=f"trials by {title}, best first")
+    for name in ("rank", *keys, "objective", "reliable", "seconds", "note"):
         table.add_column(name, justify="left" if name == "note" else "right")
     for rank, row in enumerate(rows, 1):
-        loss = "-" if row["loss"] is None else f"{row['loss']:.5f}"
+        value = "-" if row["objective"] is None else f"{row['objective']:.5f}"
         values = (str(row["values"][key]) for key in keys)
         # A note may hold what rich would take for markup.
         note = Text(row["note"] or "")
-        table.add_row(str(rank), *values, loss, str(row["reliable"]), f"{row['seconds']:.1f}", note)
+        table.add_row(str(rank), *values, value, str(row["reliable"]), f"{row['seconds']:.1f}", note)
+    return table
+
+
+def reuse_table(reuse: "list[Reuse]") -> Table:
+    """What the trials of a sweep computed, and what they found finished."""
+    table = Table(title="what trials needed")
+    for name in ("", "computed", "seconds", "reused", "seconds saved"):
+        table.add_column(name, justify="right" if name else "left")
+    for row in reuse:
+        table.add_row(row.stage, str(row.computed), f"{row.seconds:.1f}", str(row.reused), f"{row.saved:.1f}")
     return table

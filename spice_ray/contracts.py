@@ -22,6 +22,8 @@ NEIGHBORS = "neighbors"
 PREDICTIONS = "predictions"
 """What stage 3 has learned by the end of a round, for the next one: embedding.npy, unit rows, float32 (N, D);
 assignments.npy, int64 (N,); confidences.npy, float32 (N,)."""
+SCORE = "score"
+"""What a trial of a sweep is worth: its manifest alone."""
 CLUSTER_COUNT, PRIOR = "cluster_count", "prior"
 """K where the recipe leaves it open, and the clusters' shares where they are estimated: between embedding and heads."""
 

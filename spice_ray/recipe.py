@@ -4,23 +4,20 @@ Whatever cannot be used is refused in one sentence that names the nearest valid 
 """
 
 import difflib
-import itertools
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from spice_ray.config import ImageRecipe, Recipe, Sweep
+from spice_ray.config import ImageRecipe, Recipe
 from spice_ray.errors import ConfigError
 from spice_ray.settings import Settings
 from spice_ray.shares import ESTIMATE, read_shares
 
-SWEPT_SECTIONS = ("reliable", "joint")
 _IMAGE_SECTIONS = ImageRecipe.model_fields.keys() - Recipe.model_fields.keys()
-_MOST_TRIALS_CHECKED = 1000
 _UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
 
 
@@ -35,7 +32,7 @@ def load_recipe(name_or_path: str, overrides: list[str]) -> Recipe:
     Raises:
         ConfigError: The recipe, a key or a value cannot be used; names the nearest valid one.
     """
-    values = _read_yaml(_find_recipe(name_or_path))
+    values = read_yaml(_find_recipe(name_or_path))
     known = setting_keys(_type_of(values))
     for override in overrides:
         key, value = parse_override(override)
@@ -56,76 +53,7 @@ def check_recipe(values: dict[str, Any]) -> Recipe:
     try:
         return type_.model_validate(_with_shares(values))
     except ValidationError as error:
-        raise ConfigError(_first_sentence(error, setting_keys(type_))) from None
-
-
-def load_sweep(file: str) -> Sweep:
-    """Read a sweep's YAML.
-
-    Raises:
-        ConfigError: It is missing, or something in it cannot be used.
-    """
-    path = Path(file)
-    if not os.path.isfile(path):
-        raise ConfigError(f"sweep file {file} does not exist; give a YAML file such as tune_configs/thresholds.yaml")
-    try:
-        sweep = Sweep.model_validate(_read_yaml(path))
-    except ValidationError as error:
-        raise ConfigError(f"{path.name}: {_first_sentence(error, list(Sweep.model_fields))}") from None
-    for key in sweep.space:
-        _check_swept(key, path.name)
-    return sweep
-
-
-def check_trials(recipe: Recipe, sweep: Sweep) -> None:
-    """Refuse a sweep one of whose trials could not be run.
-
-    Raises:
-        ConfigError: A value is out of its range, or does not fit the others; or there is no stage 3 to judge them by.
-    """
-    if not isinstance(recipe, ImageRecipe):
-        refuse_sweep()
-    idle = [key for key in sweep.space if key == "joint.init" or key.startswith("reliable.")]
-    if recipe.reliable.labels is not None and idle:
-        raise ConfigError(
-            f"{idle[0]} cannot be swept with reliable.labels: there are no pseudo-labels, and stages 1 and 2 are those "
-            "of all trials or of none; sweep other settings of joint"
-        )
-    if recipe.joint.rounds > 1:
-        raise ConfigError(
-            f"joint.rounds={recipe.joint.rounds} cannot be swept: trials train stage 3 once; use joint.rounds=1 and "
-            "run the winner with more"
-        )
-    trials = itertools.product(*sweep.space.values())
-    # A trial beyond that, of a random search in a vast space, would be refused when its turn comes.
-    for values in itertools.islice(trials, _MOST_TRIALS_CHECKED):
-        sweep_recipe(recipe, dict(zip(sweep.space, values, strict=True)))
-
-
-def refuse_sweep() -> NoReturn:
-    """Say why runs on embeddings cannot be swept.
-
-    Raises:
-        ConfigError: Always.
-    """
-    raise ConfigError(
-        "a sweep ranks its trials by the classifier of stage 3, which runs on embeddings do not have; "
-        "run each threshold by itself, such as reliable.min_consistency=0.9, with an --out of its own"
-    )
-
-
-def sweep_recipe(recipe: ImageRecipe, values: dict[str, Any]) -> ImageRecipe:
-    """The recipe of one trial.
-
-    Raises:
-        ConfigError: A value is out of its range.
-    """
-    settings = recipe.model_dump(mode="json")
-    for key, value in values.items():
-        settings = with_value(settings, key, value)
-    trial = check_recipe(settings)
-    assert isinstance(trial, ImageRecipe)
-    return trial
+        raise ConfigError(first_sentence(error, setting_keys(type_))) from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -170,7 +98,7 @@ def check_key(key: str, known: list[str]) -> None:
     if key not in known and key in setting_keys():
         raise ConfigError(f"{key} is a setting of runs on images, and the recipe is one of embeddings; leave it out")
     if key not in known:
-        raise ConfigError(f"unknown setting {key!r}; {_nearest(key, known)}")
+        raise ConfigError(f"unknown setting {key!r}; {nearest(key, known)}")
 
 
 def setting_keys(type_: type[Recipe] = ImageRecipe) -> list[str]:
@@ -200,22 +128,6 @@ def _type_of(values: dict[str, Any]) -> type[Recipe]:
     return ImageRecipe if values.keys() & _IMAGE_SECTIONS else Recipe
 
 
-_OF_ALL_TRIALS = ("reliable.index", "reliable.labels", "reliable.labels_digest", "joint.rounds")
-"""Neighbours and given labels are made once for all trials, each of which trains stage 3 once."""
-
-
-def _check_swept(key: str, file: str) -> None:
-    known = [k for k in setting_keys() if k.partition(".")[0] in SWEPT_SECTIONS and k not in _OF_ALL_TRIALS]
-    if key in known:
-        return
-    if key in setting_keys():
-        raise ConfigError(
-            f"{file}: {key} is shared by all trials of a sweep; a sweep varies keys of "
-            f"{' and '.join(SWEPT_SECTIONS)}, such as joint.confidence"
-        )
-    raise ConfigError(f"{file}: unknown setting {key!r}; {_nearest(key, known)}")
-
-
 def _recipes() -> Any:
     return resources.files("spice_ray") / "recipes"
 
@@ -231,10 +143,15 @@ def _find_recipe(name_or_path: str) -> Any:
                 f"{', '.join(recipe_names())}"
             )
         return path
-    raise ConfigError(f"unknown recipe {name_or_path!r}; {_nearest(name_or_path, recipe_names())}")
+    raise ConfigError(f"unknown recipe {name_or_path!r}; {nearest(name_or_path, recipe_names())}")
 
 
-def _read_yaml(file: Any) -> dict[str, Any]:
+def read_yaml(file: Any) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        ConfigError: It cannot be read, or is none.
+    """
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -246,7 +163,7 @@ def _read_yaml(file: Any) -> dict[str, Any]:
     return values
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def nearest(word: str, known: list[str]) -> str:
     """The sentence that names the nearest of the known words, compared whole and by their last part."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if not close:
@@ -255,7 +172,7 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
 
 
-def _first_sentence(error: ValidationError, known: list[str]) -> str:
+def first_sentence(error: ValidationError, known: list[str]) -> str:
     """One of the errors as a sentence; ``known`` are the keys there are."""
     errors = error.errors()
     # A misspelt key is reported by its name, rather than the right one as missing.
@@ -263,7 +180,7 @@ def _first_sentence(error: ValidationError, known: list[str]) -> str:
     where = ".".join(str(part) for part in first["loc"])
     match first["type"]:
         case kind if kind in _UNKNOWN_KEY:
-            return f"unknown setting {where!r}; {_nearest(where, known)}"
+            return f"unknown setting {where!r}; {nearest(where, known)}"
         case "missing":
             return f"{where} is missing; add it to the recipe, or as {where}=VALUE"
         case "value_error":

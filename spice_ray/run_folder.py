@@ -9,6 +9,7 @@ rejects.parquet        one row per image that was not
 cluster_count.json     where K was chosen, the scores of all candidates
 prior.json             where it was estimated, the shares of the clusters
 timing.json            seconds per stage
+seconds/               of each artifact, which sweeps tell what they saved by
 checkpoints/, progress/   of stages under way; may be deleted
 """
 
@@ -82,6 +83,25 @@ class RunFolder:
         file = self.path / "timing.json"
         known = read_json(file) if file.exists() else {}
         write_json(file, {**known, stage: round(known.get(stage, 0.0) + seconds, 3)})
+
+    def note_seconds(self, kind: str, print_: str, seconds: float) -> None:
+        """Note how long an artifact was made.
+
+        Raises:
+            StorageError: The disk refused.
+        """
+        file = self._seconds_of(f"{kind}-{print_}")
+        with reporting_disk_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"seconds": round(seconds, 3)})
+
+    def seconds_of(self, name: str) -> float | None:
+        """How long the artifact of that name was made; None where nobody noted it."""
+        file = self._seconds_of(name)
+        return float(read_json(file)["seconds"]) if file.is_file() else None
+
+    def _seconds_of(self, name: str) -> Path:
+        return self.artifacts.parent / "seconds" / f"{name}.json"
 
     def publish_table(self, artifact: Artifact, name: str) -> None:
         """Give the user a copy of an artifact's table beside run.json.

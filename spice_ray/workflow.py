@@ -6,22 +6,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spice_ray.config import ImageRecipe, Recipe, Scale, Sweep
+from spice_ray.config import ImageRecipe, Recipe, Scale
 from spice_ray.contracts import SHARDS
 from spice_ray.errors import ConfigError, DamagedError, DataError
 from spice_ray.image_counts import check_count
-from spice_ray.recipe import check_trials, load_recipe, refuse_sweep
+from spice_ray.recipe import load_recipe
 from spice_ray.run_folder import RunFolder, check_folder, check_held, claim, lock, read_record
 from spice_ray.runtime.cluster import check_local_cpus, connected
 from spice_ray.runtime.progress import Reporter
 from spice_ray.shards import check_kind, check_shards, find_shards
 from spice_ray.storage import Artifact, reporting_disk_errors
+from spice_ray.sweep import Sweep, check_trials, refuse_sweep
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from spice_ray.readers.source import Source
     from spice_ray.runtime.pipeline import Pipeline
+    from spice_ray.runtime.tune import SweepResult
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,8 @@ def run(prepared: Prepared, reporter: Reporter, *, verbose: bool = False) -> Art
 
 def sweep(
     prepared: Prepared, settings: Sweep, name: str, reporter: Reporter, *, verbose: bool = False
-) -> list[dict[str, Any]]:
-    """Stages 1 and 2 where they are missing, then the trials, ranked by the unsupervised loss; best first.
+) -> "SweepResult":
+    """The stages that trials share where they are missing, then the trials, and the winner as a run of its own.
 
     Raises:
         SpiceError: As :func:`run`.

@@ -11,9 +11,7 @@ from spice_ray.image_counts import check_count
 from spice_ray.recipe import (
     check_key,
     check_recipe,
-    check_trials,
     load_recipe,
-    load_sweep,
     parse_override,
     recipe_names,
     setting_keys,
@@ -211,72 +209,3 @@ def test_a_section_that_is_none_is_named_with_what_it_is() -> None:
     ):
         with_value({"heads": 3}, "heads.count", 2)
     assert with_value({"heads": None}, "heads.count", 2) == {"heads": {"count": 2}}
-
-
-def sweep_file(folder: Path, space: dict[str, Any], **more: Any) -> str:
-    file = folder / "sweep.yaml"
-    file.write_text(yaml.safe_dump({"recipe": "digits", "space": space, **more}))
-    return str(file)
-
-
-def test_the_sweeps_beside_the_package_load_and_their_trials_can_be_run() -> None:
-    files = sorted((Path(__file__).parent.parent / "tune_configs").glob("*.yaml"))
-    assert files
-    for file in files:
-        sweep = load_sweep(str(file))
-        check_trials(load_recipe(sweep.recipe, []), sweep)
-
-
-@pytest.mark.parametrize(
-    ("space", "more", "expected"),
-    [
-        ({"joint.confidnce": [0.9]}, {}, "unknown setting 'joint.confidnce'; did you mean 'joint.confidence'?"),
-        # The nearest key of all would be pretrain.encoder, which no sweep may vary.
-        ({"encoder": ["wrn28_2"]}, {}, "unknown setting 'encoder'; did you mean 'joint.encoder'?"),
-        ({"pretrain.temperature": [0.1]}, {}, "pretrain.temperature is shared by all trials of a sweep"),
-        ({"seed": [1, 2]}, {}, "seed is shared by all trials"),
-        ({"reliable.labels": ["a.parquet"]}, {}, "reliable.labels is shared by all trials"),
-        ({"reliable.index": ["exact", "ivf"]}, {}, "reliable.index is shared by all trials"),
-        ({"joint.confidence": []}, {}, "space.joint.confidence=[] cannot be used"),
-        ({"joint.confidence": 0.9}, {}, "space.joint.confidence=0.9 cannot be used"),
-        ({}, {}, "space={} cannot be used"),
-        ({"joint.confidence": [0.9]}, {"serach": "grid"}, "unknown setting 'serach'; did you mean 'search'?"),
-        ({"joint.confidence": [0.9]}, {"search": "random"}, "search: random needs samples"),
-        ({"joint.confidence": [0.9]}, {"samples": 3}, "samples goes with search: random"),
-        ({"joint.confidence": [0.9]}, {"search": "random", "samples": 0}, "samples=0 cannot be used"),
-    ],
-)
-def test_a_sweep_that_cannot_be_used_is_one_sentence_that_names_the_file(
-    tmp_path: Path, space: dict[str, Any], more: dict[str, Any], expected: str
-) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load_sweep(sweep_file(tmp_path, space, **more))
-    assert str(caught.value).startswith("sweep.yaml: ")
-    assert expected in str(caught.value)
-
-
-def test_every_value_of_a_sweep_is_checked_with_the_others_of_its_trial(tmp_path: Path) -> None:
-    recipe = load_recipe("digits", [])
-    fits = {"joint.encoder": ["wrn28_2"], "joint.init": ["scratch"], "joint.confidence": [0.5, 0.9]}
-    check_trials(recipe, load_sweep(sweep_file(tmp_path, fits)))
-    with pytest.raises(ConfigError, match=r"joint\.encoder=wrn28_2 needs joint\.init=scratch"):
-        check_trials(recipe, load_sweep(sweep_file(tmp_path, {**fits, "joint.init": ["scratch", "stage2"]})))
-    with pytest.raises(ConfigError, match=r"joint\.confidence=1\.5 cannot be used"):
-        check_trials(recipe, load_sweep(sweep_file(tmp_path, {**fits, "joint.confidence": [0.5, 1.5]})))
-
-
-@pytest.mark.parametrize("key", ["joint.init", "reliable.min_consistency"])
-def test_what_given_labels_make_idle_cannot_be_swept(key: str, tmp_path: Path) -> None:
-    recipe = load_recipe("digits", ["reliable.labels=a.parquet"])
-    values = ["scratch", "stage2"] if key == "joint.init" else [0.5, 0.9]
-    with pytest.raises(ConfigError, match=f"{key} cannot be swept with reliable.labels"):
-        check_trials(recipe, load_sweep(sweep_file(tmp_path, {key: values})))
-    check_trials(recipe, load_sweep(sweep_file(tmp_path, {"joint.confidence": [0.5, 0.9]})))
-
-
-def test_a_vast_random_space_is_checked_in_a_moment(tmp_path: Path) -> None:
-    space = {
-        key: [n / 1000 for n in range(1000)]
-        for key in ("joint.confidence", "joint.ema", "reliable.min_consistency", "reliable.min_confidence")
-    }
-    check_trials(load_recipe("digits", []), load_sweep(sweep_file(tmp_path, space, search="random", samples=2)))

@@ -23,7 +23,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _ATTEMPTS = 2
-_SILENCE = {"RAY_BACKEND_LOG_LEVEL": "fatal", "PYTHONWARNINGS": "ignore"}
+_SILENCE = {"RAY_BACKEND_LOG_LEVEL": "fatal", "PYTHONWARNINGS": "ignore", "RAY_AIR_NEW_OUTPUT": "0"}
 
 
 def check_local_cpus(scale: Scale) -> None:

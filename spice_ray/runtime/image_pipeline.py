@@ -23,6 +23,7 @@ from spice_ray.runtime.train import fit
 from spice_ray.runtime.workers import Host, JointJob, PretrainJob, publish_skipped, run_joint, run_pretrain
 from spice_ray.shards import splits_of
 from spice_ray.storage import Artifact, fingerprint
+from spice_ray.sweep import Stage
 
 
 @dataclass(frozen=True)
@@ -208,19 +209,26 @@ class ImagePipeline(Pipeline):
         recipe = self.recipe
         fit(run, job, recipe.scale, recipe.worker_counts, self.run.checkpoints, progress, self.reporter.note)
 
-    def make_shared(self) -> Self:
-        """What the trials of a sweep share, once, before each would make it: stages 1 and 2, and the neighbours.
+    def make_shared(self, first_stage: Stage) -> Self:
+        """What all trials of a sweep share, before each would make it: the stages above the first that they vary.
 
-        Gives the run with its K.
+        Gives the run with its K and its prior.
         """
-        if self.recipe.is_supervised:
+        if self.recipe.is_supervised or first_stage == "encoder":
             return self
-        self.reporter.note(f"stages 1 and 2: {self.heads.path.name}")
-        if self.recipe.reliable.labels is None:
-            self.reporter.note(f"neighbours: {self.neighbors.path.name}")
+        self.make_through("encoder" if first_stage == "heads" else "heads")
         settled = self.settled
         assert isinstance(settled, ImageRecipe)
         return replace(self, recipe=settled)
+
+    def make_through(self, stage: Stage) -> None:
+        """Make what the stages behind ``stage`` begin with: the embedding, or heads and neighbours."""
+        if stage == "encoder":
+            self.reporter.note(f"stage 1: {self.embedding.path.name}")
+            return
+        self.reporter.note(f"stages 1 and 2: {self.heads.path.name}")
+        if self.recipe.reliable.labels is None:
+            self.reporter.note(f"neighbours: {self.neighbors.path.name}")
 
     def joint_job(self, round_: Round, print_: str) -> JointJob:
         """What a worker of stage 3 is given.

@@ -175,7 +175,7 @@ def publish_assignments(
     """Classify all images and publish one row for each."""
 
     def write(folder: Path) -> dict[str, Any]:
-        found = _predict_all(folder / "pooled.npy", recipe, scale, joint, shards, report)
+        found = predict_all(folder / "pooled.npy", recipe, scale, joint, shards, report)
         loss = final_loss(found.logits, found.pooled, training_ids(shards), recipe)
         (folder / "pooled.npy").unlink()
         confidences, clusters = torch.from_numpy(found.logits).softmax(dim=1).max(dim=1)
@@ -196,7 +196,7 @@ def publish_predictions(
     """Classify all images for the next round of stage 3, and publish clusters, confidences and its embedding."""
 
     def write(folder: Path) -> dict[str, Any]:
-        found = _predict_all(folder / "embedding.npy", recipe, scale, joint, shards, report)
+        found = predict_all(folder / "embedding.npy", recipe, scale, joint, shards, report)
         for start in range(0, shards.num_rows, BLOCK_ROWS):
             rows = found.pooled[start : start + BLOCK_ROWS]
             rows[:] = F.normalize(torch.from_numpy(rows), dim=1).numpy()
@@ -210,7 +210,7 @@ def publish_predictions(
 
 
 @dataclass(frozen=True)
-class _Predicted:
+class Predicted:
     """What a classifier says of all images; rows of damaged files stay zero."""
 
     logits: NDArray[np.float32]
@@ -221,9 +221,9 @@ class _Predicted:
     """Who the readable rows are."""
 
 
-def _predict_all(
+def predict_all(
     file: Path, recipe: ImageRecipe, scale: Scale, joint: Artifact, shards: Shards, report: Report
-) -> _Predicted:
+) -> Predicted:
     """Classify all images; their features go to ``file``."""
     logits = np.zeros((shards.num_rows, recipe.num_clusters), np.float32)
     pooled: np.memmap[Any, Any] | None = None
@@ -239,7 +239,7 @@ def _predict_all(
 
     map_images(PredictImages, _job(joint, recipe, shards, scale), shards, scale, take, report)
     assert pooled is not None
-    return _Predicted(logits, pooled, identity)
+    return Predicted(logits, pooled, identity)
 
 
 def final_loss(

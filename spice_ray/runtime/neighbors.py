@@ -230,7 +230,8 @@ def _found(job: NeighborJob, scale: Scale, missing: list[int]) -> Iterator[int]:
     )
     shared = ray.put(job)
     fit = ray.cluster_resources().get("memory", math.inf) // _BYTES_OF_ACTOR
-    count = int(max(1, min(room(scale.cpus_per_worker, gpus), fit, len(missing))))
+    most = math.inf if scale.head_actors is None else scale.head_actors
+    count = int(max(1, min(room(scale.cpus_per_worker, gpus), fit, most, len(missing))))
     actors = [remote.remote(shared, scale.cpus_per_worker, gpus) for _ in range(count)]
     yield from ray.util.ActorPool(actors).map_unordered(lambda actor, start: actor.find.remote(start), missing)
 

@@ -3,8 +3,8 @@
 import json
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -33,6 +33,18 @@ class Reporter(Protocol):
     def note(self, sentence: str) -> None:
         """Tell the user something that stays on the screen."""
         ...
+
+
+class SilentReporter:
+    """Shows nothing."""
+
+    @contextmanager
+    def stage(self, title: str, unit: str) -> Iterator[Callable[[Done], None]]:
+        """Run a stage unseen."""
+        yield lambda done: None
+
+    def note(self, sentence: str) -> None:
+        """Keep a note to oneself."""
 
 
 class ProgressWriter:

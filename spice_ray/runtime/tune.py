@@ -1,130 +1,225 @@
-"""Sweeps under Ray Tune: every trial shares stages 1 and 2 and is ranked by the same unsupervised loss."""
+"""Sweeps under Ray Tune: stages that trials have in common are made once, and trials are ranked without labels."""
 
-import math
+import hashlib
+import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.tune
 import torch
 import yaml
-from torch import Tensor
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from spice_ray.config import ImageRecipe, Scale, Sweep
-from spice_ray.contracts import JOINT, Health
+from spice_ray.config import ImageRecipe
 from spice_ray.errors import SpiceError, TrainingError
-from spice_ray.readers.parts import images_of, read_part
-from spice_ray.recipe import sweep_recipe
 from spice_ray.run_folder import RunFolder, science
+from spice_ray.runtime.cluster import find_spice_error, room
 from spice_ray.runtime.image_pipeline import ImagePipeline
-from spice_ray.runtime.inference import final_loss, readable_ids, training_ids
-from spice_ray.runtime.memory import image_budget
 from spice_ray.runtime.neighbors import WIDEST
-from spice_ray.runtime.progress import Done, ProgressWriter, watched
-from spice_ray.runtime.weights import load_joint
-from spice_ray.runtime.workers import Host, augmentation_of, publish_skipped, run_joint
-from spice_ray.stages.assign import predict
-from spice_ray.storage import Artifact, open_artifact, read_json, write_json
+from spice_ray.runtime.progress import ProgressWriter, SilentReporter, watched
+from spice_ray.runtime.trial import Found, Judge, nested, run_trial
+from spice_ray.runtime.trials_table import Reuse, reuse_of, row_of, write_trials
+from spice_ray.storage import read_json, write_json
+from spice_ray.sweep import STAGES, Range, Stage, Sweep, Values, is_light, recipe_with, stage_of, trial_recipe
+
+_OF_NESTED = 0.1
+"""CPUs of a trial that waits for processes of its own, and of the task that starts them."""
+_RETRIES = 3
 
 
-class SilentReporter:
-    """Shows nothing: a trial's progress is the sweep's."""
+@dataclass(frozen=True)
+class SweepResult:
+    """What came of a sweep."""
 
-    @contextmanager
-    def stage(self, title: str, unit: str) -> Iterator[Callable[[Done], None]]:
-        """Run a stage unseen."""
-        yield lambda done: None
-
-    def note(self, sentence: str) -> None:
-        """Keep a note to oneself."""
+    rows: list[dict[str, Any]]
+    """The trials, best first."""
+    reuse: list[Reuse]
+    """What was computed and what was not."""
 
 
-class TrialProgress:
-    """A trial trains from its beginning to its end in one process."""
+@dataclass(frozen=True)
+class Trials:
+    """What every process of a sweep is told."""
 
-    def restore(self) -> None:
-        """There is nothing to go on from."""
+    pipeline: ImagePipeline
+    """That of the run, with the settings of all trials."""
+    sweep: Sweep
+    judge: Judge
+    progress: Path
 
-    def advance(self, step: int, total: int, loss: Tensor, snapshot: Callable[[], dict[str, Any]]) -> None:
-        """There is nobody to tell."""
+    def of(self, values: Values, *, light: bool) -> ImagePipeline:
+        """The pipeline of one trial; its folder is named by its settings, so that a sweep goes on where it stopped."""
+        recipe = trial_recipe(self.pipeline.recipe, self.sweep, values)
+        settings = json.dumps({**self.sweep.trial, **values}, sort_keys=True)
+        name = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
+        run = RunFolder(self.pipeline.run.path / "sweeps" / ".trials" / name, self.pipeline.run.artifacts)
+        run.path.mkdir(parents=True, exist_ok=True)
+        return replace(self.pipeline, run=run, recipe=recipe if light else nested(recipe))
 
-    def note_health(self, epoch: int, loss: Tensor, health: Health) -> None:
-        """A trial trains no encoder."""
 
-
-def run_sweep(pipeline: ImagePipeline, settings: Sweep, name: str) -> list[dict[str, Any]]:
-    """Run the trials, write their table and the winner's recipe and assignments, and give the rows, best first.
+def run_sweep(pipeline: ImagePipeline, sweep: Sweep, name: str) -> SweepResult:
+    """Run the trials, write what came of them and the winner's recipe and assignments.
 
     Raises:
         TrainingError: No trial came to an end.
     """
-    pipeline = replace(pipeline, most_neighbors=most_neighbors(pipeline.recipe, settings)).make_shared()
     folder = pipeline.run.path / "sweeps" / name
     folder.mkdir(parents=True, exist_ok=True)
+    before = {found.name for found in pipeline.run.artifacts.iterdir()}
+    pipeline = replace(pipeline, most_neighbors=most_neighbors(pipeline.recipe, sweep))
+    # How much each trial takes is nothing to the stages that all of them share.
+    science_of_trials = {key: value for key, value in sweep.trial.items() if not key.startswith("scale.")}
+    shared = replace(pipeline, recipe=recipe_with(pipeline.recipe, science_of_trials)).make_shared(sweep.first_stage)
+    settled = _settled(pipeline.recipe, shared.recipe)
+    scale = trial_recipe(shared.recipe, sweep, {}).scale
     progress = pipeline.run.progress("sweep")
+    light = is_light(sweep, trial_recipe(shared.recipe, sweep, {}))
+    judge = Judge(sweep, settled, _num_concurrent(scale, light=light))
+    trials = Trials(replace(shared, reporter=SilentReporter()), sweep, judge, progress)
+    failed = _make_parents(trials, pipeline, light=light)
     with pipeline.reporter.stage("sweep", "trials") as show:
-        results = watched(lambda: _fit(pipeline, settings, folder, progress), progress, show)
-    found = (row_of(result, settings, pipeline.recipe) for result in results)
-    rows = sorted(found, key=lambda row: (row["loss"] is None, row["loss"] or 0))
-    if not rows or rows[0]["loss"] is None:
+        results = watched(lambda: _fit(trials, folder, failed, light=light), progress, show)
+    rows = [row_of(result.metrics, result.error, _values_of(result.config, sweep), shared.recipe) for result in results]
+    rows.sort(key=lambda row: (row["objective"] is None, row["objective"] or 0))
+    if not rows or rows[0]["objective"] is None:
         raise TrainingError(
             f"no trial came to an end ({rows[0]['note'] if rows else 'none was started'}); "
             "run the same command again with --verbose"
         )
-    write_trials(folder / "trials.parquet", rows, settings)
-    _finish_winner(pipeline, sweep_recipe(pipeline.recipe, rows[0]["values"]), folder)
-    return rows
+    write_trials(folder / "trials.parquet", rows, sweep)
+    reuse = reuse_of(rows, before, pipeline.run)
+    write_json(folder / "reuse.json", [found._asdict() for found in reuse])
+    winner = replace(pipeline, recipe=settled)
+    _finish_winner(winner, recipe_with(settled, rows[0]["values"]), folder)
+    return SweepResult(rows, reuse)
 
 
-def most_neighbors(recipe: ImageRecipe, settings: Sweep) -> int:
+def _settled(recipe: ImageRecipe, found: ImageRecipe) -> ImageRecipe:
+    """The recipe with the K and the prior that were found for the trials."""
+    heads = recipe.heads.model_copy(update={"prior": found.heads.prior})
+    count = {"num_clusters": found.num_clusters, "min_clusters": found.min_clusters}
+    return recipe.model_copy(update={"heads": heads, **count})
+
+
+def most_neighbors(recipe: ImageRecipe, sweep: Sweep) -> int:
     """As many neighbours as any trial asks: then all trials share them."""
-    key = "reliable.neighbors"
-    trials = [recipe, *(sweep_recipe(recipe, {key: value}) for value in settings.space.get(key, []))]
-    asked = (trial.reliable.neighbors for trial in trials)
-    return max([WIDEST, *(value for value in asked if isinstance(value, int))])
+    values = sweep.space.get("reliable.neighbors", [])
+    asked = list(values.bounds) if isinstance(values, Range) else values
+    # As the recipe reads them: YAML takes some numbers for text.
+    trials = [recipe, *(recipe_with(recipe, {"reliable.neighbors": value}) for value in asked)]
+    counts = (trial.reliable.neighbors for trial in trials)
+    return max([WIDEST, *(count for count in counts if isinstance(count, int))])
 
 
-def _finish_winner(pipeline: ImagePipeline, winner: ImageRecipe, folder: Path) -> None:
-    """Make the sweep's folder a run of the winner that shares the artifacts of the run that was swept."""
-    (folder / "winner.yaml").write_text(yaml.safe_dump(science(winner), sort_keys=False), encoding="utf-8")
-    record = read_json(pipeline.run.path / "run.json")
-    root = os.path.relpath(pipeline.run.artifacts, folder)
-    write_json(folder / "run.json", {**record, "recipe": science(winner), "artifacts_root": root})
-    shutil.copyfile(pipeline.run.path / "timing.json", folder / "timing.json")
-    replace(pipeline, recipe=winner, run=RunFolder(folder, pipeline.run.artifacts)).finish()
+def _make_parents(trials: Trials, pipeline: ImagePipeline, *, light: bool) -> dict[str, str]:
+    """Make every stage that several trials begin with once; gives why some could not be made."""
+    sweep = trials.sweep
+    values = sweep.trials(pipeline.recipe.seed)
+    if values is None or trials.pipeline.recipe.is_supervised:
+        return {}
+    failed = dict[str, str]()
+    judged = STAGES.index(sweep.judged_by)
+    for stage in STAGES[:judged]:
+        parents = _distinct(values, stage)
+        following = _distinct(values, STAGES[STAGES.index(stage) + 1])
+        is_needed = len(parents) < len(following) or (light and stage == "heads")
+        if not is_needed or parents == [{}]:
+            continue
+        title = "stages 1" if stage == "encoder" else "stages 1 and 2"
+        progress = pipeline.run.progress(f"parents-{stage}")
+        with pipeline.reporter.stage(f"{title} of the trials", "of them") as show:
+            tell = ProgressWriter(progress, "all").write
+            failed |= watched(partial(_make_all, trials, stage, parents, tell), progress, show)
+    return failed
 
 
-def _fit(pipeline: ImagePipeline, settings: Sweep, folder: Path, progress: Path) -> ray.tune.ResultGrid:
-    scale = pipeline.recipe.scale
-    resources: dict[str, float] = {"CPU": scale.cpus_per_worker}
-    if scale.gpus_per_worker:
+def _distinct(values: list[Values], through: Stage) -> list[Values]:
+    """The settings up to a stage, each once."""
+    found = {_key(values_of, through): values_of for values_of in (_through(trial, through) for trial in values)}
+    return list(found.values())
+
+
+def _through(values: Values, stage: Stage) -> Values:
+    return {key: value for key, value in values.items() if STAGES.index(stage_of(key)) <= STAGES.index(stage)}
+
+
+def _key(values: Values, stage: Stage) -> str:
+    return json.dumps([stage, _through(values, stage)], sort_keys=True)
+
+
+def _make_all(trials: Trials, stage: Stage, parents: list[Values], tell: Callable[[int, int], None]) -> dict[str, str]:
+    """Make the parents, as many at once as the cluster has room for; gives why some could not be made."""
+    most = _num_concurrent(trial_recipe(trials.pipeline.recipe, trials.sweep, {}).scale, light=False)
+    make = ray.remote(_make_parent).options(num_cpus=_OF_NESTED, max_retries=_RETRIES)
+    shared = ray.put(trials)
+    waiting, running, failed = list(parents), dict[Any, Values](), dict[str, str]()
+    tell(0, len(parents))
+    while waiting or running:
+        while waiting and len(running) < most:
+            values = waiting.pop(0)
+            running[make.remote(shared, stage, values)] = values
+        done, _ = ray.wait(list(running), num_returns=1)
+        values = running.pop(done[0])
+        try:
+            ray.get(done[0])
+        except ray.exceptions.RayError as error:
+            failed[_key(values, stage)] = _sentence(error)
+        tell(len(parents) - len(waiting) - len(running), len(parents))
+    return failed
+
+
+def _make_parent(trials: Trials, stage: Stage, values: Values) -> None:
+    trials.of(values, light=False).make_through(stage)
+
+
+def _sentence(error: BaseException) -> str:
+    """Why something failed, in a line."""
+    ours = find_spice_error(error)
+    lines = str(ours or error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+def _fit(trials: Trials, folder: Path, failed: dict[str, str], *, light: bool) -> ray.tune.ResultGrid:
+    sweep, recipe = trials.sweep, trials.pipeline.recipe
+    scale = trial_recipe(recipe, sweep, {}).scale
+    resources: dict[str, float] = {"CPU": scale.cpus_per_worker if light else _OF_NESTED}
+    if light and scale.gpus_per_worker:
         resources["GPU"] = scale.gpus_per_worker
-    pick = ray.tune.grid_search if settings.search == "grid" else ray.tune.choice
-    shared = replace(pipeline, reporter=SilentReporter())
-    total = _num_trials(settings)
-    ProgressWriter(progress, "all").write(0, total)
-    trainable = ray.tune.with_parameters(_trial, pipeline=shared, progress=progress)
+    ProgressWriter(trials.progress, "all").write(0, sweep.num_trials)
+    trainable = ray.tune.with_parameters(_trial, trials=trials, failed=failed, light=light)
+    stopping = sweep.early_stopping
+    # The bound of TuneConfig is ignored beside a search, and more trials than that would wait for each other for ever.
+    most = trials.judge.num_sharing
+    values = sweep.trials(recipe.seed)
+    if values is None:
+        space: dict[str, Any] = {key: _domain(tried) for key, tried in sweep.space.items()}
+        search = ConcurrencyLimiter(_tpe(recipe.seed), max_concurrent=most)
+    else:
+        space = {"values": ray.tune.grid_search(values)}
+        search = BasicVariantGenerator(max_concurrent=most)
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(trainable, resources),
-        param_space={key: pick(values) for key, values in settings.space.items()},
+        param_space=space,
         tune_config=ray.tune.TuneConfig(
-            metric="loss",
+            metric="objective",
             mode="min",
-            num_samples=settings.samples or 1,
-            # TuneConfig's own bound is ignored beside this generator, and trials on every CPU would wait for ever for
-            # the tasks that read their images.
-            search_alg=ray.tune.search.BasicVariantGenerator(
-                max_concurrent=_num_concurrent(scale), random_state=pipeline.recipe.seed
+            num_samples=sweep.num_trials if values is None else 1,
+            search_alg=search,
+            scheduler=None
+            if stopping is None
+            else ray.tune.schedulers.ASHAScheduler(
+                max_t=stopping.looks, grace_period=1, reduction_factor=stopping.factor
             ),
+            # A process that has Torch loaded takes the next trial.
+            reuse_actors=True,
         ),
         run_config=ray.tune.RunConfig(
             name="tune",
@@ -136,98 +231,80 @@ def _fit(pipeline: ImagePipeline, settings: Sweep, folder: Path, progress: Path)
     return tuner.fit()
 
 
-def _num_concurrent(scale: Scale) -> int:
-    return max(1, (int(ray.cluster_resources()["CPU"]) - 1) // scale.cpus_per_worker)
+def _domain(tried: list[Any] | Range) -> Any:
+    if not isinstance(tried, Range):
+        return ray.tune.choice(tried)
+    return (ray.tune.loguniform if tried.is_log else ray.tune.uniform)(*map(float, tried.bounds))
 
 
-def _num_trials(settings: Sweep) -> int:
-    if settings.samples is not None:
-        return settings.samples
-    total = 1
-    for values in settings.space.values():
-        total *= len(values)
-    return total
+def _tpe(seed: int) -> Any:
+    from ray.tune.search.optuna import OptunaSearch
+
+    return OptunaSearch(seed=seed)
 
 
-def _trial(config: dict[str, Any], *, pipeline: ImagePipeline, progress: Path) -> None:
-    """One trial, on one worker."""
+def _values_of(config: dict[str, Any], sweep: Sweep) -> Values:
+    """A trial's settings as the sweep has them."""
+    if "values" in config:
+        return dict(config["values"])
+    spaces = ((key, sweep.space[key]) for key in config)
+    return {key: tried.snap(config[key]) if isinstance(tried, Range) else config[key] for key, tried in spaces}
+
+
+def _num_concurrent(scale: Any, *, light: bool) -> int:
+    """How many trials the cluster holds at once, with a CPU for the tasks that read data: of each, where it has pools.
+
+    Ray would start more, and each would wait for processors that the others hold.
+    """
+    held = room(scale.cpus_per_worker, scale.gpus_per_worker)
+    if light:
+        return max(1, held)
+    each = scale.least_workers * scale.cpus_per_worker + 1 + 2 * _OF_NESTED
+    return max(1, min(held // scale.least_workers, int(ray.cluster_resources()["CPU"] / each)))
+
+
+def _trial(config: dict[str, Any], *, trials: Trials, failed: dict[str, str], light: bool) -> None:
+    """One trial, as Ray Tune runs it."""
     start = time.monotonic()
-    torch.set_num_threads(pipeline.recipe.scale.cpus_per_worker)
-    trial = ray.tune.get_context().get_trial_id()
-    run = RunFolder(pipeline.run.path / "sweeps" / ".trials" / trial, pipeline.run.artifacts)
-    run.path.mkdir(parents=True, exist_ok=True)
-    recipe = sweep_recipe(pipeline.recipe, config)
+    values = _values_of(config, trials.sweep)
     try:
-        metrics = evaluate_trial(replace(pipeline, run=run, recipe=recipe))
-    except SpiceError as error:
-        metrics = {"loss": float("inf"), "num_reliable": 0, "note": str(error)}
-    ProgressWriter(progress, f"trial-{trial}").write(1, 0)
+        for stage in STAGES:
+            if _key(values, stage) in failed:
+                raise TrainingError(failed[_key(values, stage)])
+        found = _found_here(trials, values) if light else ray.get(_apart(_found_nested).remote(trials, values))
+        metrics: dict[str, Any] = {**found._asdict(), "used": json.dumps(found.used)}
+    except (SpiceError, ray.exceptions.RayError) as error:
+        ours = find_spice_error(error)
+        if ours is None:
+            raise
+        metrics = {"objective": float("inf"), "num_reliable": 0, "note": str(ours), "used": "[]"}
+    ProgressWriter(trials.progress, f"trial-{ray.tune.get_context().get_trial_id()}").write(1, 0)
     ray.tune.report({**metrics, "trial_seconds": time.monotonic() - start})
 
 
-def evaluate_trial(pipeline: ImagePipeline) -> dict[str, Any]:
-    """Reliable labels and stage 3 in this process, and the loss that ranks the result."""
-    round_ = pipeline.first_round
-    skip, print_ = pipeline.why_skip_joint(round_), pipeline.joint_fingerprint(round_)
-    if open_artifact(pipeline.run.artifacts, JOINT, print_) is None:
-        job = pipeline.joint_job(round_, print_)
-        if skip is not None:
-            publish_skipped(job, skip)
-        else:
-            device = torch.device("cuda" if pipeline.recipe.scale.gpus_per_worker else "cpu")
-            scale = pipeline.recipe.scale
-            memory = image_budget(scale, device, _num_concurrent(scale))
-            run_joint(job, Host(device, lambda module: module, TrialProgress(), memory, scale.accumulate))
-    joint = pipeline.joint
-    return {
-        "loss": trial_loss(pipeline, joint),
-        "num_reliable": sum(round_.reliable.manifest["kept"]),
-        "note": skip or "",
-    }
+def _found_here(trials: Trials, values: Values) -> Found:
+    """A trial that trains in this process."""
+    pipeline = trials.of(values, light=True)
+    torch.set_num_threads(pipeline.recipe.scale.cpus_per_worker)
+    return run_trial(pipeline, trials.judge, lambda objective: ray.tune.report({"objective": objective}))
 
 
-@torch.inference_mode()
-def trial_loss(pipeline: ImagePipeline, joint: Artifact) -> float:
-    """The loss that ``assignments`` would record for the classifier, without a pool of actors."""
-    recipe, shards = pipeline.recipe, pipeline.train_shards
-    device = torch.device("cuda" if recipe.scale.gpus_per_worker else "cpu")
-    model, views = load_joint(joint).eval().to(device), augmentation_of(recipe.image)
-    tables = (read_part(shards.path, file, shards.format) for file in shards.readable)
-    found = [
-        predict(model, torch.from_numpy(images_of(table, shards.image_size).copy()).to(device), views)
-        for table in tables
-    ]
-    counted = np.flatnonzero(np.isin(readable_ids(shards), training_ids(shards)))
-    logits, pooled = torch.cat([f.logits for f in found]), torch.cat([f.pooled for f in found])
-    return final_loss(logits.numpy(), pooled.numpy(), counted, recipe)
+def _found_nested(trials: Trials, values: Values) -> Found:
+    """A trial whose stages start processes of their own; nobody looks at it before its end."""
+    return run_trial(trials.of(values, light=False), trials.judge, lambda objective: None)
 
 
-def row_of(result: Any, settings: Sweep, recipe: ImageRecipe) -> dict[str, Any]:
-    """A trial as the table shows it: ``values``, ``loss`` (None where it has none to be ranked by) and the rest."""
-    metrics = result.metrics or {}
-    loss = metrics.get("loss")
-    if loss is not None and not math.isfinite(loss):
-        loss = None
-    trial = sweep_recipe(recipe, {key: result.config[key] for key in settings.space}).model_dump(mode="json")
-    error = str(result.error).strip().splitlines()[-1] if result.error else ""
-    return {
-        # As the recipe reads them: YAML takes 1e-3 for text.
-        "values": {key: trial[key.partition(".")[0]][key.partition(".")[2]] for key in settings.space},
-        "loss": loss,
-        "reliable": int(metrics.get("num_reliable", 0)),
-        "seconds": float(metrics.get("trial_seconds", 0.0)),
-        "note": error or metrics.get("note", ""),
-    }
+def _apart(function: Callable[..., Any]) -> Any:
+    """A task outside of the trial's placement group, to whose room Ray would hold all that the task starts."""
+    strategy = PlacementGroupSchedulingStrategy(placement_group=None)
+    return ray.remote(function).options(num_cpus=_OF_NESTED, max_retries=_RETRIES, scheduling_strategy=strategy)
 
 
-def write_trials(file: Path, rows: list[dict[str, Any]], settings: Sweep) -> None:
-    """Write the table of trials, in the order of ``rows``."""
-    columns = {key: _of_one_type([row["values"][key] for row in rows]) for key in settings.space}
-    rest = {name: [row[name] for row in rows] for name in ("loss", "reliable", "seconds", "note")}
-    pq.write_table(pa.table({**columns, **rest}), file)
-
-
-def _of_one_type(values: list[Any]) -> list[Any]:
-    """As a column holds them: numbers beside words are words too."""
-    mixed = any(isinstance(value, str) for value in values)
-    return [None if value is None else str(value) for value in values] if mixed else values
+def _finish_winner(pipeline: ImagePipeline, winner: ImageRecipe, folder: Path) -> None:
+    """Make the sweep's folder a run of the winner that shares the artifacts of the run that was swept."""
+    (folder / "winner.yaml").write_text(yaml.safe_dump(science(winner), sort_keys=False), encoding="utf-8")
+    record = read_json(pipeline.run.path / "run.json")
+    root = os.path.relpath(pipeline.run.artifacts, folder)
+    write_json(folder / "run.json", {**record, "recipe": science(winner), "artifacts_root": root})
+    shutil.copyfile(pipeline.run.path / "timing.json", folder / "timing.json")
+    replace(pipeline, recipe=winner, run=RunFolder(folder, pipeline.run.artifacts)).finish()

@@ -7,7 +7,7 @@ from pathlib import Path
 from spice_ray import workflow
 from spice_ray.config import ImageRecipe
 from spice_ray.recipe import load_recipe
-from spice_ray.runtime.tune import SilentReporter
+from spice_ray.runtime.progress import SilentReporter
 
 NUM_IMAGES = 600
 OVERRIDES = {

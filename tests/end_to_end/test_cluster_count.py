@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from spice_ray import workflow
-from spice_ray.config import Sweep
 from spice_ray.errors import StorageError
 from spice_ray.evaluate import evaluate
 from spice_ray.recipe import load_recipe
 from spice_ray.run_folder import science
-from spice_ray.runtime.tune import SilentReporter
+from spice_ray.runtime.progress import SilentReporter
+from spice_ray.sweep import Sweep
 from tests.end_to_end.small_runs import Corpus, Notes, small_recipe
 from tests.made_runs import change_record
 

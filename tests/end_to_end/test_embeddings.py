@@ -20,8 +20,7 @@ from spice_ray.core.consensus import consensus
 from spice_ray.errors import ConfigError, DamagedError
 from spice_ray.evaluate import evaluate
 from spice_ray.recipe import load_recipe
-from spice_ray.runtime.progress import Done
-from spice_ray.runtime.tune import SilentReporter
+from spice_ray.runtime.progress import Done, SilentReporter
 from spice_ray.runtime.weights import load_weights
 from spice_ray.storage import Artifact, open_artifact
 from tests.end_to_end.small_runs import NUM_IMAGES, damage

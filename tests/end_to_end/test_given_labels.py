@@ -15,7 +15,7 @@ from spice_ray import workflow
 from spice_ray.errors import ConfigError, DataError, StorageError
 from spice_ray.evaluate import evaluate
 from spice_ray.readers.given_labels import read_given_labels
-from spice_ray.runtime.tune import SilentReporter
+from spice_ray.runtime.progress import SilentReporter
 from spice_ray.runtime.weights import load_joint
 from spice_ray.storage import Artifact, open_artifact
 from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, cluster, small_recipe

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from spice_ray import workflow
-from spice_ray.config import Sweep
 from spice_ray.core.neighbors import exact_neighbors
 from spice_ray.errors import ConfigError
 from spice_ray.evaluate import evaluate
@@ -110,9 +109,6 @@ def test_a_round_goes_on_from_the_weights_of_the_one_before(in_rounds: tuple[Pat
     assert 0 < float((moved - start).norm() / start.norm()) < 0.5
 
 
-def test_rounds_of_labels_that_are_given_and_of_a_sweep_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+def test_rounds_of_labels_that_are_given_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"joint.rounds=2 chooses reliable samples anew, and reliable.labels gives"):
         small_recipe("joint.rounds=2", "reliable.labels=labels.parquet")
-    sweep = Sweep(recipe="digits", space={"joint.confidence": [0.9]})
-    with pytest.raises(ConfigError, match=r"joint.rounds=2 cannot be swept"):
-        workflow.prepare(small_recipe("joint.rounds=2"), str(corpus.parquet), tmp_path / "run", trials=sweep)

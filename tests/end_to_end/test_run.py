@@ -20,7 +20,7 @@ from spice_ray.runtime.data import load_rows
 from spice_ray.runtime.image_pipeline import ImagePipeline
 from spice_ray.runtime.inference import training_ids
 from spice_ray.runtime.ingest import ingest
-from spice_ray.runtime.tune import SilentReporter
+from spice_ray.runtime.progress import SilentReporter
 from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, cluster, damage, small_recipe
 
 COLUMNS = ["sample_id", "source", "split", "cluster", "confidence", "consistency", "reliable"]

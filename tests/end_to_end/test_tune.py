@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -7,11 +8,11 @@ import ray
 import yaml
 
 from spice_ray import workflow
-from spice_ray.config import Sweep
 from spice_ray.evaluate import evaluate
 from spice_ray.recipe import check_recipe
-from spice_ray.runtime.tune import SilentReporter
+from spice_ray.runtime.progress import SilentReporter
 from spice_ray.storage import read_json
+from spice_ray.sweep import Sweep
 from tests.end_to_end.small_runs import Corpus, small_recipe
 
 SPACE = {"joint.confidence": [0.95, 0.6], "reliable.min_consistency": [0.5, 0.99999]}
@@ -21,10 +22,10 @@ def test_a_sweep_shares_stages_1_and_2_and_ranks_by_the_unsupervised_loss(copied
     artifacts = copied / "artifacts"
     before = {folder.name: folder.stat().st_mtime_ns for folder in artifacts.iterdir()}
     prepared = workflow.prepare(small_recipe(), str(corpus.parquet), copied)
-    rows = workflow.sweep(prepared, Sweep(recipe="digits", space=SPACE), "both", SilentReporter())
+    rows = workflow.sweep(prepared, Sweep(recipe="digits", space=SPACE), "both", SilentReporter()).rows
 
     assert len(rows) == 4
-    assert [row["loss"] for row in rows] == sorted(row["loss"] for row in rows)
+    assert [row["objective"] for row in rows] == sorted(row["objective"] for row in rows)
     for kind, count in (("encoder", 1), ("embedding", 1), ("heads", 1), ("neighbors", 1), ("reliable", 2)):
         assert len(list(artifacts.glob(f"{kind}-*"))) == count
     after = {folder.name: folder.stat().st_mtime_ns for folder in artifacts.iterdir()}
@@ -34,12 +35,12 @@ def test_a_sweep_shares_stages_1_and_2_and_ranks_by_the_unsupervised_loss(copied
     own = next(row for row in rows if row["values"] == {"joint.confidence": 0.95, "reliable.min_consistency": 0.5})
     recorded = read_json(next(artifacts.glob("assignments-*")) / "manifest.json")
     losses = [read_json(folder / "manifest.json")["unsupervised_loss"] for folder in artifacts.glob("assignments-*")]
-    assert own["loss"] == pytest.approx(min(losses, key=lambda loss: abs(loss - own["loss"])), abs=1e-9)
+    assert own["objective"] == pytest.approx(min(losses, key=lambda loss: abs(loss - own["objective"])), abs=1e-9)
     assert recorded["unsupervised_loss"] > 1.46
 
     folder = copied / "sweeps" / "both"
     table = pq.read_table(folder / "trials.parquet")
-    assert table["loss"].to_pylist() == [row["loss"] for row in rows]
+    assert table["objective"].to_pylist() == [row["objective"] for row in rows]
     winner = check_recipe(yaml.safe_load((folder / "winner.yaml").read_text()))
     assert winner.joint.confidence == rows[0]["values"]["joint.confidence"]
     assert pq.read_table(folder / "assignments.parquet").num_rows == 600
@@ -55,4 +56,91 @@ def test_a_sweep_shares_stages_1_and_2_and_ranks_by_the_unsupervised_loss(copied
 def span_of(results: Path) -> tuple[float, float]:
     """When a trial began and ended, in seconds, by what Ray Tune wrote of it."""
     last = json.loads(results.read_text().splitlines()[-1])
-    return last["timestamp"] - last["trial_seconds"], last["timestamp"]
+    # The time stamp has whole seconds: no trial began later than this, and none ended sooner.
+    return last["timestamp"] + 1 - last["trial_seconds"], last["timestamp"]
+
+
+def kinds(artifacts: Path) -> Counter[str]:
+    """How many artifacts there are of each kind."""
+    return Counter(folder.name.partition("-")[0] for folder in artifacts.iterdir())
+
+
+def test_trials_over_two_stages_share_what_they_have_in_common(copied: Path, corpus: Corpus) -> None:
+    before = kinds(copied / "artifacts")
+    prepared = workflow.prepare(small_recipe(), str(corpus.parquet), copied)
+    sweep = Sweep(
+        recipe="digits",
+        space={"heads.lr": [0.005, 0.01], "joint.confidence": [0.95, 0.6]},
+        trial={"joint.steps": 40},
+    )
+    result = workflow.sweep(prepared, sweep, "two", SilentReporter())
+    assert len(result.rows) == 4
+    assert all(row["objective"] is not None for row in result.rows)
+    made = kinds(copied / "artifacts") - before
+    # One of the learning rates is the run's own. The winner is trained in full.
+    assert (made["encoder"], made["embedding"], made["neighbors"]) == (0, 0, 0)
+    assert (made["heads"], made["reliable"], made["joint"], made["score"]) == (1, 1, 5, 4)
+    reuse = {row.stage: (row.computed, row.reused) for row in result.reuse}
+    assert reuse["encoder"] == (0, 4)
+    assert reuse["heads"] == (1, 3)
+    assert reuse["joint"] == (4, 0)
+    saved = {row.stage: row.saved for row in result.reuse}
+    assert saved["encoder"] > saved["reliable"] >= 0 == saved["joint"]
+
+    again = workflow.sweep(prepared, sweep, "two", SilentReporter())
+    assert [row["objective"] for row in again.rows] == [row["objective"] for row in result.rows]
+    assert kinds(copied / "artifacts") - before == made
+    assert all(row.computed == 0 for row in again.reuse)
+
+
+def test_trials_of_stage_1_train_under_ray_train_and_are_judged_by_their_heads(copied: Path, corpus: Corpus) -> None:
+    before = kinds(copied / "artifacts")
+    prepared = workflow.prepare(small_recipe(), str(corpus.parquet), copied)
+    # The fraction is what prototypes are made of, and of the measure as well, which is to be the run's for all trials.
+    sweep = Sweep(
+        recipe="digits",
+        space={"pretrain.temperature": [0.5], "heads.confident_fraction": [0.5, 0.1]},
+    )
+    result = workflow.sweep(prepared, sweep, "contrastive", SilentReporter())
+    losses = {row["values"]["heads.confident_fraction"]: row["objective"] for row in result.rows}
+    made = kinds(copied / "artifacts") - before
+    # Both trials begin with the same encoder; the winner alone has a stage 3.
+    assert (made["encoder"], made["embedding"], made["heads"]) == (1, 1, 2)
+    assert (made["joint"], made["score"]) == (1, 2)
+    manifests = [read_json(folder / "manifest.json") for folder in (copied / "artifacts").glob("heads-*")]
+    own = [manifest["losses"][manifest["chosen"]] for manifest in manifests]
+    assert min(abs(loss - losses[0.5]) for loss in own) < 1e-5
+    assert min(abs(loss - losses[0.1]) for loss in own) > 1e-5
+    assert evaluate(copied / "sweeps" / "contrastive")["n"] == 600
+
+
+def test_a_search_that_learns_draws_from_ranges_and_stops_bad_trials(copied: Path, corpus: Corpus) -> None:
+    prepared = workflow.prepare(small_recipe(), str(corpus.parquet), copied)
+    sweep = Sweep(
+        recipe="digits",
+        space={"joint.confidence": {"uniform": [0.5, 0.95], "step": 0.05}, "joint.lr": {"log_uniform": [1e-3, 1e-2]}},
+        search="tpe",
+        samples=3,
+        trial={"joint.steps": 30},
+    )
+    rows = workflow.sweep(prepared, sweep, "tpe", SilentReporter()).rows
+    assert len(rows) == 3
+    for row in rows:
+        confidence = row["values"]["joint.confidence"]
+        assert confidence in [round(0.5 + 0.05 * step, 2) for step in range(10)]
+        assert 1e-3 <= row["values"]["joint.lr"] <= 1e-2
+        assert row["objective"] is not None
+
+    stopping = Sweep(
+        recipe="digits",
+        space={"joint.lr": [0.003, 0.002, 0.3, 0.4]},
+        trial={"joint.steps": 60},
+        early_stopping={"looks": 2},
+    )
+    rows = workflow.sweep(prepared, stopping, "stopping", SilentReporter()).rows
+    stopped = {row["values"]["joint.lr"] for row in rows if row["note"] == "stopped early"}
+    assert {0.3, 0.4} <= stopped
+    assert rows[0]["values"]["joint.lr"] in (0.003, 0.002)
+    table = pq.read_table(copied / "sweeps" / "stopping" / "trials.parquet").to_pylist()
+    assert all((row["objective"] is None) == (row["joint.lr"] in stopped) for row in table)
+    assert all((row["last_look"] is None) == (row["joint.lr"] not in stopped) for row in table)

@@ -12,7 +12,7 @@ import pytest
 
 from spice_ray.readers.source import Unreadable, open_source
 from spice_ray.runtime.ingest import ingest
-from spice_ray.runtime.tune import SilentReporter
+from spice_ray.runtime.progress import SilentReporter
 from tests.readers.answering import answering, serving
 from tests.readers.conftest import S3
 from tests.readers.sample_files import (

@@ -24,8 +24,7 @@ from spice_ray.run_folder import RunFolder, read_record
 from spice_ray.runtime.frozen import check_given, given_fingerprint, pin_weights
 from spice_ray.runtime.image_pipeline import ImagePipeline
 from spice_ray.runtime.inference import EmbedImages, InferenceJob
-from spice_ray.runtime.progress import Done
-from spice_ray.runtime.tune import SilentReporter
+from spice_ray.runtime.progress import Done, SilentReporter
 from spice_ray.runtime.weights import load_encoder, load_joint, read_given, save_weights
 from spice_ray.runtime.workers import JointJob, initial_joint, publish_joint
 from spice_ray.stages.train_joint import TrainedJoint

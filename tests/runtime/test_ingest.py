@@ -25,9 +25,8 @@ from spice_ray.readers.parts import PartFormat, read_part
 from spice_ray.readers.source import open_source
 from spice_ray.runtime.data import load_rows, open_shards
 from spice_ray.runtime.ingest import ingest
-from spice_ray.runtime.progress import Done, Reporter
+from spice_ray.runtime.progress import Done, Reporter, SilentReporter
 from spice_ray.runtime.reading import find_damaged
-from spice_ray.runtime.tune import SilentReporter
 from spice_ray.shards import find_shards
 from spice_ray.storage import Artifact, clear_staging
 

@@ -1,41 +1,68 @@
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from spice_ray.config import ImageRecipe, Sweep
+from spice_ray.config import ImageRecipe
 from spice_ray.recipe import load_recipe
+from spice_ray.run_folder import RunFolder
 from spice_ray.runtime.neighbors import WIDEST
-from spice_ray.runtime.tune import most_neighbors, row_of, write_trials
+from spice_ray.runtime.trials_table import Reuse, reuse_of, row_of, write_trials
+from spice_ray.runtime.tune import most_neighbors
+from spice_ray.sweep import Sweep
 
-SWEEP = Sweep(recipe="digits", space={"joint.lr": ["1e-3", 0.01], "reliable.neighbors": [10]})
+VALUES: dict[str, Any] = {"joint.lr": "1e-3", "reliable.neighbors": 10}
 
 
-def result(**metrics: Any) -> SimpleNamespace:
-    config = {"joint.lr": "1e-3", "reliable.neighbors": 10}
-    return SimpleNamespace(metrics=metrics, config=config, error=None)
+def digits() -> ImageRecipe:
+    recipe = load_recipe("digits", [])
+    assert isinstance(recipe, ImageRecipe)
+    return recipe
+
+
+def finished_row(**metrics: Any) -> dict[str, Any]:
+    told = {"objective": 1.5, "num_reliable": 7, "trial_seconds": 2.0, "note": "", "used": "[]", **metrics}
+    return row_of(told, None, VALUES, digits())
 
 
 def test_a_row_holds_values_as_the_recipe_reads_them() -> None:
-    row = row_of(result(loss=1.5, num_reliable=7, trial_seconds=2.0, note=""), SWEEP, load_recipe("digits", []))
+    row = finished_row(used='["heads-a", "joint-b"]')
     assert row["values"] == {"joint.lr": 0.001, "reliable.neighbors": 10}
-    assert (row["loss"], row["reliable"]) == (1.5, 7)
+    assert (row["objective"], row["reliable"], row["seconds"]) == (1.5, 7, 2.0)
+    assert row["used"] == ["heads-a", "joint-b"]
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_trial_that_diverged_has_no_loss_to_be_ranked_by(loss: float) -> None:
-    row = row_of(result(loss=loss, num_reliable=0, note="the loss is not a number"), SWEEP, load_recipe("digits", []))
-    assert row["loss"] is None
-    assert row["note"] == "the loss is not a number"
+@pytest.mark.parametrize("objective", [math.nan, math.inf])
+def test_a_trial_that_diverged_has_nothing_to_be_ranked_by(objective: float) -> None:
+    row = finished_row(objective=objective, note="the loss is not a number")
+    assert (row["objective"], row["note"]) == (None, "the loss is not a number")
 
 
 def test_a_trial_that_died_says_so() -> None:
-    died = SimpleNamespace(metrics=None, config={"joint.lr": 0.01, "reliable.neighbors": 10}, error="a\nworker died")
-    row = row_of(died, SWEEP, load_recipe("digits", []))
-    assert (row["loss"], row["note"]) == (None, "worker died")
+    row = row_of(None, "a\nworker died", VALUES, digits())
+    assert (row["objective"], row["note"], row["used"]) == (None, "worker died", [])
+
+
+def test_a_trial_that_was_stopped_is_not_ranked_by_its_last_look() -> None:
+    row = row_of({"objective": 1.2, "time_total_s": 3.0}, None, VALUES, digits())
+    assert (row["objective"], row["last_look"], row["note"]) == (None, 1.2, "stopped early")
+
+
+def test_what_was_there_is_reused_by_every_trial_and_what_was_made_by_all_but_one(
+    tmp_path: Path,
+) -> None:
+    run = RunFolder(tmp_path, tmp_path / "artifacts")
+    for kind, print_, seconds in (("encoder", "a", 30), ("heads", "b", 7), ("heads", "c", 5)):
+        run.note_seconds(kind, print_, seconds)
+    rows = [{"used": ["shards-s", "encoder-a", heads]} for heads in ("heads-b", "heads-b", "heads-c")]
+    rows.append({"used": []})  # it failed
+    assert reuse_of(rows, {"shards-s", "encoder-a"}, run) == [
+        Reuse("shards", computed=0, reused=3, seconds=0, saved=0),  # how long it took is not known
+        Reuse("encoder", computed=0, reused=3, seconds=0, saved=90),
+        Reuse("heads", computed=2, reused=1, seconds=12, saved=7),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -65,14 +92,7 @@ def test_a_sweep_over_other_settings_asks_as_many_neighbours_as_any_run() -> Non
 def test_numbers_beside_words_are_words_in_the_table_of_trials(tmp_path: Path) -> None:
     sweep = Sweep(recipe="digits", space={"reliable.neighbors": [10, "adaptive", None], "joint.lr": [0.1]})
     rows = [
-        {
-            "values": {"reliable.neighbors": value, "joint.lr": 0.1},
-            "loss": 1.5,
-            "reliable": 7,
-            "seconds": 2.0,
-            "note": "",
-        }
-        for value in (10, "adaptive", None)
+        {**finished_row(), "values": {"reliable.neighbors": value, "joint.lr": 0.1}} for value in (10, "adaptive", None)
     ]
     write_trials(tmp_path / "trials.parquet", rows, sweep)
     table = pq.read_table(tmp_path / "trials.parquet")

@@ -1,0 +1,331 @@
+"""Sweeps: which settings are tried, checked as strictly as a recipe and before Ray is started."""
+
+import itertools
+import math
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, Self
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from spice_ray.config import ImageRecipe, Recipe
+from spice_ray.errors import ConfigError
+from spice_ray.recipe import check_recipe, first_sentence, nearest, read_yaml, setting_keys, with_value
+from spice_ray.settings import PositiveInt, Settings
+from spice_ray.shares import ESTIMATE
+
+Value = int | float | str | bool | None
+Values = dict[str, Value]
+"""Settings of one trial by their dotted keys."""
+Stage = Literal["encoder", "heads", "joint"]
+STAGES: tuple[Stage, ...] = ("encoder", "heads", "joint")
+
+_STAGE_OF_SECTION: dict[str, Stage] = {"pretrain": "encoder", "heads": "heads", "reliable": "joint", "joint": "joint"}
+_OF_ALL_TRIALS = (
+    *("pretrain.weights", "pretrain.weights_sha256", "heads.prior", "heads.start"),
+    *("reliable.index", "reliable.labels", "reliable.labels_digest"),
+)
+"""What says which images, classes or files there are, and not how they are learnt."""
+_MOST_TRIALS_CHECKED = 1000
+
+
+class Range(Settings):
+    """Numbers between two bounds, which count: any, or only those that are whole steps above the first."""
+
+    uniform: tuple[int | float, int | float] | None = None
+    """Each as likely as any other."""
+    log_uniform: tuple[int | float, int | float] | None = None
+    """Each logarithm as likely as any other."""
+    step: int | float | None = None
+
+    @field_validator("uniform", "log_uniform", mode="before")
+    @classmethod
+    def _check_bounds(cls, bounds: Any, info: ValidationInfo) -> Any:
+        """YAML reads 1e-3 as text."""
+        try:
+            low, high = (value if isinstance(value, int | float) else float(value) for value in bounds)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{info.field_name}={bounds} cannot be used; give two numbers, such as [0.5, 0.9]"
+            ) from None
+        return low, high
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.uniform is None) == (self.log_uniform is None):
+            raise ValueError("a range needs uniform or log_uniform with two bounds, and not both")
+        low, high = self.bounds
+        if not low < high:
+            raise ValueError(f"the bounds {low:g} and {high:g} of a range must rise")
+        if self.is_log and low <= 0:
+            raise ValueError(f"log_uniform needs bounds above 0, and {low:g} is not")
+        if self.step is not None and not 0 < self.step <= high - low:
+            raise ValueError(f"step={self.step:g} does not fit between the bounds {low:g} and {high:g}")
+        return self
+
+    @property
+    def is_log(self) -> bool:
+        """Whether logarithms are what is even."""
+        return self.log_uniform is not None
+
+    @property
+    def bounds(self) -> tuple[int | float, int | float]:
+        """The least and the greatest."""
+        found = self.log_uniform if self.uniform is None else self.uniform
+        assert found is not None
+        return found
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether only whole numbers are meant: those of whole bounds, by whole steps."""
+        return all(isinstance(number, int) for number in (*self.bounds, 1 if self.step is None else self.step))
+
+    def draw(self, rng: random.Random) -> int | float:
+        """One of them."""
+        low, high = self.bounds
+        return self.snap(
+            math.exp(rng.uniform(math.log(low), math.log(high))) if self.is_log else rng.uniform(low, high)
+        )
+
+    def snap(self, number: float) -> int | float:
+        """The nearest of them."""
+        low, high = self.bounds
+        found = number
+        step = 1 if self.are_whole and self.step is None else self.step
+        if step is not None:
+            steps = min(round((found - low) / step), math.floor((high - low) / step + 1e-9))
+            found = low + steps * step
+        found = min(max(found, low), high)
+        # The sum of steps has errors that nobody wants to read.
+        return round(found) if self.are_whole else float(f"{found:.12g}")
+
+
+Space = dict[str, Annotated[list[Value] | Range, Field(union_mode="left_to_right")]]
+
+
+class EarlyStopping(Settings):
+    """Asynchronous successive halving (ASHA, Li et al. 2020): stage 3 of bad trials ends early."""
+
+    looks: Annotated[int, Field(ge=2, le=20)] = 4
+    """How often each trial is judged, at equal distances; the last time at its end."""
+    factor: Annotated[int, Field(ge=2)] = 2
+    """One of so many trials goes on behind each look."""
+
+
+class Sweep(Settings):
+    """Settings that are tried; every trial redoes only the stages that its settings change."""
+
+    recipe: str
+    space: Annotated[Space, Field(min_length=1)]
+    """For each setting the values to try, or a range of numbers."""
+    search: Literal["grid", "random", "tpe"] = "grid"
+    """grid: all combinations; random: independent ones; tpe: Optuna's, which learn from the trials so far."""
+    samples: PositiveInt | None = None
+    """Trials of a search that is none by a grid."""
+    objective: Literal["unsupervised_loss", "neighbor_disagreement", "mutual_information"] = "unsupervised_loss"
+    """What is least for the best trial."""
+    trial: dict[str, Value] = Field(default_factory=dict)
+    """Other settings of every trial, such as joint.steps=100 or scale.gpus_per_worker=0.5; the winner is run without
+    them."""
+    early_stopping: EarlyStopping | None = None
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _read_ranges(cls, space: Any) -> Any:
+        """For each key a list, or a mapping that is a range; pydantic would name all that a value is not."""
+        if not isinstance(space, dict):
+            return space
+        return {key: _read_tried(str(key), tried) for key, tried in space.items()}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.search == "grid") != (self.samples is None):
+            raise ValueError(
+                "samples goes with search: random or tpe, which need it"
+                if self.search == "grid"
+                else f"search: {self.search} needs samples, the number of trials"
+            )
+        ranges = [key for key, values in self.space.items() if isinstance(values, Range)]
+        if self.search == "grid" and ranges:
+            raise ValueError(f"{ranges[0]} is a range, which a grid cannot try; list its values, or use search: random")
+        both = self.space.keys() & self.trial.keys()
+        if both:
+            raise ValueError(f"{min(both)} is in space and in trial; leave one of them out")
+        for key in self.space:
+            _check_swept(key)
+        for key in self.trial:
+            _check_of_trials(key)
+        return self
+
+    @property
+    def judged_by(self) -> Stage:
+        """The stage whose clusters are judged: heads where neither reliable labels nor stage 3 are swept."""
+        return "joint" if any(stage_of(key) == "joint" for key in self.space) else "heads"
+
+    @property
+    def first_stage(self) -> Stage:
+        """The first stage that differs between trials."""
+        return min((stage_of(key) for key in self.space), key=STAGES.index)
+
+    def trials(self, seed: int) -> list[Values] | None:
+        """The settings of all trials; None where each is only known by what came of those before."""
+        if self.search == "tpe":
+            return None
+        if self.search == "grid":
+            return list(self._grid())
+        rng = random.Random(seed)
+        return [{key: _draw(values, rng) for key, values in self.space.items()} for _ in range(self.samples or 0)]
+
+    @property
+    def num_trials(self) -> int:
+        """How many there are."""
+        sizes = (len(values) for values in self.space.values() if not isinstance(values, Range))
+        return self.samples if self.samples is not None else math.prod(sizes)
+
+    def examples(self) -> Iterator[Values]:
+        """Trials at the corners of the space: whatever is refused is refused of one of them."""
+        return self._grid()
+
+    def _grid(self) -> Iterator[Values]:
+        lists = [list(values.bounds) if isinstance(values, Range) else values for values in self.space.values()]
+        return (dict(zip(self.space, values, strict=True)) for values in itertools.product(*lists))
+
+
+def stage_of(key: str) -> Stage:
+    """The first stage whose result a setting changes; views for the heads are made where images are embedded."""
+    return "encoder" if key == "heads.views" else _STAGE_OF_SECTION[key.partition(".")[0]]
+
+
+def load_sweep(file: str) -> Sweep:
+    """Read a sweep's YAML.
+
+    Raises:
+        ConfigError: It is missing, or something in it cannot be used.
+    """
+    path = Path(file)
+    if not os.path.isfile(path):
+        raise ConfigError(f"sweep file {file} does not exist; give a YAML file such as tune_configs/thresholds.yaml")
+    try:
+        return Sweep.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise ConfigError(f"{path.name}: {first_sentence(error, list(Sweep.model_fields))}") from None
+
+
+def check_trials(recipe: Recipe, sweep: Sweep) -> None:
+    """Refuse a sweep one of whose trials could not be run.
+
+    Raises:
+        ConfigError: A value is out of its range, or does not fit the others or what the recipe leaves open.
+    """
+    if not isinstance(recipe, ImageRecipe):
+        refuse_sweep()
+    _check_labels(recipe, sweep)
+    if sweep.first_stage == "encoder" and (recipe.min_clusters is not None or recipe.heads.prior == ESTIMATE):
+        name = f"num_clusters={recipe.asked_clusters}" if recipe.min_clusters is not None else "heads.prior=estimate"
+        raise ConfigError(
+            f"{name} is settled by the embedding, which this sweep varies, and then its trials could not be compared; "
+            "give the number, or the shares, themselves"
+        )
+    # A trial beyond that, of a vast grid, would be refused when its turn comes.
+    for values in itertools.islice(sweep.examples(), _MOST_TRIALS_CHECKED):
+        trial = trial_recipe(recipe, sweep, values)
+        if sweep.early_stopping is not None and not is_light(sweep, trial):
+            raise ConfigError(
+                "early_stopping judges trials within stage 3, on one worker and in one round; leave it out where stage "
+                "3 is not swept, or scale.workers or joint.rounds is above 1"
+            )
+
+
+def _check_labels(recipe: ImageRecipe, sweep: Sweep) -> None:
+    if recipe.reliable.labels is None:
+        return
+    idle = [key for key in sweep.space if key == "joint.init" or key.startswith("reliable.")]
+    idle += [key for key in sweep.space if recipe.is_supervised and stage_of(key) != "joint"]
+    if idle:
+        raise ConfigError(
+            f"{idle[0]} cannot be swept with reliable.labels: there are no pseudo-labels, and stages 1 and 2 are those "
+            "of all trials or of none; sweep other settings of joint"
+        )
+
+
+def is_light(sweep: Sweep, trial: Recipe) -> bool:
+    """Whether a trial is one process that trains stage 3 by itself, behind stages that are finished before."""
+    assert isinstance(trial, ImageRecipe)
+    are_made_before = sweep.search != "tpe" or sweep.first_stage == "joint"
+    return sweep.judged_by == "joint" and are_made_before and trial.scale.workers == trial.joint.rounds == 1
+
+
+def refuse_sweep() -> NoReturn:
+    """Say why runs on embeddings cannot be swept.
+
+    Raises:
+        ConfigError: Always.
+    """
+    raise ConfigError(
+        "a sweep varies the stages of runs on images, and this is a run on embeddings; "
+        "run each threshold by itself, such as reliable.min_consistency=0.9, with an --out of its own"
+    )
+
+
+def trial_recipe(recipe: ImageRecipe, sweep: Sweep, values: Values) -> ImageRecipe:
+    """The recipe that a trial is run by.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+    return recipe_with(recipe, {**sweep.trial, **values})
+
+
+def recipe_with(recipe: ImageRecipe, values: Values) -> ImageRecipe:
+    """A recipe with other settings.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+    settings = recipe.model_dump(mode="json")
+    for key, value in values.items():
+        settings = with_value(settings, key, value)
+    found = check_recipe(settings)
+    assert isinstance(found, ImageRecipe)
+    return found
+
+
+def _read_tried(key: str, tried: Any) -> Any:
+    if isinstance(tried, Range):
+        return tried
+    if isinstance(tried, dict):
+        try:
+            return Range.model_validate(tried)
+        except ValidationError as error:
+            raise ValueError(f"space.{key}: {first_sentence(error, list(Range.model_fields))}") from None
+    if not isinstance(tried, list) or not tried or any(isinstance(value, list | dict) for value in tried):
+        raise ValueError(
+            f"space.{key}={tried} cannot be used; give a list of values, or a range such as {{uniform: [0.5, 0.9]}}"
+        )
+    return tried
+
+
+def _draw(values: list[Value] | Range, rng: random.Random) -> Value:
+    return values.draw(rng) if isinstance(values, Range) else rng.choice(values)
+
+
+def _check_swept(key: str) -> None:
+    known = [k for k in setting_keys() if k.partition(".")[0] in _STAGE_OF_SECTION and k not in _OF_ALL_TRIALS]
+    if key in known:
+        return
+    if key in setting_keys():
+        raise ValueError(
+            f"{key} is the same in all trials of a sweep; a sweep varies keys of "
+            f"{', '.join(_STAGE_OF_SECTION)}, such as joint.confidence"
+        )
+    raise ValueError(f"unknown setting {key!r}; {nearest(key, known)}")
+
+
+def _check_of_trials(key: str) -> None:
+    known = [k for k in setting_keys() if k.partition(".")[0] in (*_STAGE_OF_SECTION, "scale")]
+    if key not in known:
+        raise ValueError(f"trial: unknown setting {key!r}; {nearest(key, known)}")
+    if key in _OF_ALL_TRIALS:
+        raise ValueError(f"trial: {key} is the run's own; give it to the recipe")
