@@ -124,6 +124,21 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="A finished run folder, or that of a sweep.")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for the table; the same command again goes on.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings such as scale.gpus_per_worker=1.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Classify new images by a finished run, into its clusters."""
+    table = workflow.predict(run, data, out, overrides or [], ConsoleReporter(), verbose=verbose)
+    sizes = ", ".join(f"{cluster}: {count}" for cluster, count in enumerate(table.manifest["cluster_sizes"]))
+    typer.echo(f"cluster sizes: {sizes}")
+    typer.echo(f"assignments: {out / 'assignments.parquet'}")
+
+
+@app.command()
 def tune(
     sweep: Annotated[str, typer.Argument(help="A sweep's YAML, such as tune_configs/thresholds.yaml.")],
     data: Data,
@@ -144,7 +159,8 @@ def tune(
     keys, best = list(settings.space), result.rows[0]["values"]
     Console().print(trials_table(result.rows, keys, settings.objective), reuse_table(result.reuse))
     winner = ", ".join(f"{key}={value}" for key, value in best.items())
-    typer.echo(f"winner: {winner}; its recipe and assignments are in {out / 'sweeps' / name}")
+    folder = out / "sweeps" / name
+    typer.echo(f"winner: {winner}; its recipe and assignments are in {folder}, and report.html beside them")
 
 
 def _show_result(out: Path) -> None:

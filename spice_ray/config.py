@@ -48,6 +48,8 @@ class Scale(Settings):
     """GiB of images that a training worker may hold; more are streamed. None: half of what is free."""
     skip_damaged: bool = False
     """Go on without the images of damaged shard files, the one setting here that may change a result."""
+    wait_seconds: NonNegativeFloat = 0
+    """How long a cluster that grows by itself may take to hold the workers, before they are too many for it."""
     checkpoint_seconds: PositiveFloat = 30
     max_failures: Annotated[int, Field(ge=0)] = 3
 

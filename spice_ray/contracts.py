@@ -24,6 +24,8 @@ PREDICTIONS = "predictions"
 assignments.npy, int64 (N,); confidences.npy, float32 (N,)."""
 SCORE = "score"
 """What a trial of a sweep is worth: its manifest alone."""
+PREDICTED = "predicted"
+"""What a finished run says of other images: assignments.parquet."""
 CLUSTER_COUNT, PRIOR = "cluster_count", "prior"
 """K where the recipe leaves it open, and the clusters' shares where they are estimated: between embedding and heads."""
 

@@ -28,6 +28,7 @@ from spice_ray.storage import Artifact, clear_staging, read_json, reporting_disk
 
 _WEIGHTS, _LABELS = "pretrain.weights_sha256", "reliable.labels_digest"
 _RECORD = "run.json"
+_PREDICTIONS = "predict.json"
 _LOCKS: dict[Path, IO[str]] = {}
 """Open files whose locks this process holds."""
 
@@ -140,6 +141,32 @@ def claim(path: Path, recipe: Recipe, source: dict[str, str]) -> RunFolder:
     run = RunFolder(path, path / "artifacts")
     clear_staging(run.artifacts)
     return run
+
+
+def claim_predictions(path: Path, model: str, source: dict[str, str]) -> RunFolder:
+    """Make a folder for what a model says of other images, or take one that holds the same.
+
+    Raises:
+        StorageError: The folder holds something else; nothing in it was touched.
+    """
+    check_folder(path)
+    wanted = {"model": model, "source": source}
+    with reporting_disk_errors(path):
+        if (path / _PREDICTIONS).is_file():
+            held = read_json(path / _PREDICTIONS)
+            if held["model"] != model or held["source"]["digest"] != source["digest"]:
+                raise StorageError(
+                    f"{path} holds the predictions of another run or of other images ({held['source'].get('path')}); "
+                    "choose another --out"
+                )
+        else:
+            _check_empty(path)
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / _PREDICTIONS, wanted)
+        lock(path)
+    folder = RunFolder(path, path / "artifacts")
+    clear_staging(folder.artifacts)
+    return folder
 
 
 def check_held(path: Path, recipe: Recipe, source: dict[str, str]) -> None:

@@ -43,14 +43,24 @@ def check_shards(recipe: Recipe, shards: Artifact) -> None:
     Raises:
         ConfigError: They are too few, of another size, or images where embeddings are needed or the other way round.
     """
-    manifest, splits = shards.manifest, shards.manifest["splits"]
+    splits = shards.manifest["splits"]
+    check_form(recipe, shards)
+    check_count(recipe, *(_count(splits, splits_of(recipe.protocol, first_stage)) for first_stage in (True, False)))
+
+
+def check_form(recipe: Recipe, shards: Artifact) -> None:
+    """Refuse shards that no model of the recipe could read, however many rows they have.
+
+    Raises:
+        ConfigError: They are of another size, or images where embeddings are needed or the other way round.
+    """
+    manifest = shards.manifest
     check_kind(recipe, embeddings=manifest["stored"] == "vectors", name=str(shards.path))
     if isinstance(recipe, ImageRecipe) and manifest["image_size"] != recipe.image.size:
         raise ConfigError(
             f"the shards hold images of {manifest['image_size']} pixels and the recipe asks for "
             f"image.size={recipe.image.size}; ingest again, or set image.size={manifest['image_size']}"
         )
-    check_count(recipe, *(_count(splits, splits_of(recipe.protocol, first_stage)) for first_stage in (True, False)))
 
 
 def check_kind(recipe: Recipe, *, embeddings: bool, name: str) -> None:

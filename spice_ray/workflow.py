@@ -7,16 +7,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spice_ray.config import ImageRecipe, Recipe, Scale
-from spice_ray.contracts import SHARDS
+from spice_ray.contracts import HEADS, JOINT, SHARDS
 from spice_ray.errors import ConfigError, DamagedError, DataError
 from spice_ray.image_counts import check_count
-from spice_ray.recipe import load_recipe
-from spice_ray.run_folder import RunFolder, check_folder, check_held, claim, lock, read_record
+from spice_ray.recipe import check_key, check_recipe, load_recipe, parse_override, setting_keys, with_value
+from spice_ray.run_folder import (
+    RunFolder,
+    check_folder,
+    check_held,
+    claim,
+    claim_predictions,
+    lock,
+    read_finished,
+    read_record,
+)
 from spice_ray.runtime.cluster import check_local_cpus, connected
 from spice_ray.runtime.progress import Reporter
-from spice_ray.shards import check_kind, check_shards, find_shards
-from spice_ray.storage import Artifact, reporting_disk_errors
+from spice_ray.shards import check_form, check_kind, check_shards, find_shards
+from spice_ray.storage import Artifact, open_artifact, reporting_disk_errors
 from spice_ray.sweep import Sweep, check_trials, refuse_sweep
+from spice_ray.sweep_report import write_sweep_report
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -147,7 +157,10 @@ def sweep(
 
         pipeline = _pipeline(prepared, reporter)
         assert isinstance(pipeline, ImagePipeline)  # of other recipes prepare refuses a sweep
-        return run_sweep(pipeline, settings, name)
+        result = run_sweep(pipeline, settings, name)
+    report = prepared.run.path / "sweeps" / name / "report.html"
+    write_sweep_report(report, settings, result.rows, result.reuse)
+    return result
 
 
 def ingest(
@@ -165,6 +178,83 @@ def ingest(
         lock(out)
     with connected(Scale(), verbose=verbose):
         return _ingest(source, out, image_size, seed, reporter)[0]
+
+
+def predict(
+    run: Path, data: str, out: Path, overrides: list[str], reporter: Reporter, *, verbose: bool = False
+) -> Artifact:
+    """Classify new images by a finished run; gives the table's artifact, of which ``out`` has a copy.
+
+    Args:
+        run: The folder of a finished run, or of the winner of a sweep.
+        data: Images, or image shards of the run's size, or embeddings where the run is one of embeddings.
+        out: The folder for the table and the shards; the same call goes on where an interrupted one stopped.
+        overrides: Settings of ``scale``.
+        reporter: Shows progress.
+        verbose: Show what Ray says.
+
+    Raises:
+        SpiceError: Something cannot be used.
+    """
+    recipe, model = _finished_model(run, overrides)
+    check_local_cpus(recipe.scale)
+    path = Path(os.path.abspath(data))
+    found = _open_shards(path) if data != "digits" and _holds_shards(path) else None
+    source = None if found is not None else open_source(data)
+    if found is not None:
+        check_form(recipe, found[0])
+        digest = f"{found[0].kind}-{found[0].fingerprint}"
+    else:
+        assert source is not None
+        check_kind(recipe, embeddings=source.kind == "embeddings", name=_shown(data))
+        digest = f"{source.kind}-{source.listing_digest()}"
+    folder = claim_predictions(Path(os.path.abspath(out)), model.fingerprint, {"path": _shown(data), "digest": digest})
+    with connected(recipe.scale, verbose=verbose):
+        from spice_ray.runtime.data import open_shards
+        from spice_ray.runtime.predict import publish_predicted
+        from spice_ray.runtime.progress import Done
+
+        if found is None:
+            assert source is not None
+            size = recipe.image.size if isinstance(recipe, ImageRecipe) else None
+            found = find_shards(folder.artifacts) or _ingest(source, folder.artifacts, size, recipe.seed, reporter)
+        _check_width(found[0], model)
+        shards = open_shards(found[0], None)
+        with reporter.stage("predictions", "images") as show:
+            table = publish_predicted(
+                folder.artifacts, recipe, model, shards, lambda done, total: show(Done(done, total, None))
+            )
+    folder.publish_table(table, "assignments.parquet")
+    folder.publish_table(found[0], "rejects.parquet")
+    return table
+
+
+def _finished_model(run: Path, overrides: list[str]) -> tuple[Recipe, Artifact]:
+    """The recipe of a finished run, with settings of scale, and its classifier, or its heads."""
+    record = read_finished(run)
+    settings = record["recipe"]
+    for override in overrides:
+        key, value = parse_override(override)
+        if not key.startswith("scale."):
+            raise ConfigError(f"{key} is settled by the run; only settings of scale can be given here")
+        check_key(key, setting_keys())
+        settings = with_value(settings, key, value)
+    recipe = check_recipe(settings)
+    kind = JOINT if isinstance(recipe, ImageRecipe) else HEADS
+    root = run / record["artifacts_root"]
+    model = open_artifact(root, kind, record["artifacts"][kind])
+    if model is None:
+        raise DataError(f"{root} lacks {kind}-{record['artifacts'][kind]}; run the same command again to make it")
+    return recipe, model
+
+
+def _check_width(shards: Artifact, model: Artifact) -> None:
+    given, wanted = shards.manifest.get("embed_dim"), model.manifest.get("embed_dim")
+    if model.kind == HEADS and given != wanted:
+        raise DataError(
+            f"the embeddings have {given} numbers each and those of the run have {wanted}; give embeddings of the same "
+            "model"
+        )
 
 
 def cluster(

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _ATTEMPTS = 2
+_SECONDS_BETWEEN_LOOKS = 2
 _SILENCE = {"RAY_BACKEND_LOG_LEVEL": "fatal", "PYTHONWARNINGS": "ignore", "RAY_AIR_NEW_OUTPUT": "0"}
 
 
@@ -62,8 +64,9 @@ def connected(scale: Scale, *, verbose: bool) -> Iterator[None]:
     with _quiet(verbose):
         folder = None if ray.is_initialized() else _start(verbose, environment)
         try:
-            _check_cluster(scale)
-            yield
+            with grown(scale):
+                _check_cluster(scale)
+                yield
         except ray.exceptions.RayError as error:
             raise _as_user_error(error) from error
         finally:
@@ -216,6 +219,29 @@ def _check_cluster(scale: Scale) -> None:
             f"{scale.cpus_per_worker} CPUs and {scale.gpus_per_worker:g} GPUs; lower "
             f"{'their size' if scale.workers == 'auto' else 'scale.workers or their size'}"
         )
+
+
+@contextmanager
+def grown(scale: Scale) -> Iterator[None]:
+    """A cluster that grows by itself, asked to hold the workers for as long as the context lasts.
+
+    Left to itself it grows for what waits for room, and a run refuses what the cluster has no room for.
+    """
+    if not scale.wait_seconds:
+        yield
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    worker = {"CPU": scale.cpus_per_worker, "GPU": scale.gpus_per_worker}
+    wanted = [{name: amount for name, amount in worker.items() if amount} for _ in range(scale.least_workers)]
+    request_resources(bundles=[*wanted, {"CPU": 1}])
+    try:
+        deadline = time.monotonic() + scale.wait_seconds
+        while room(scale.cpus_per_worker, scale.gpus_per_worker) < scale.least_workers and time.monotonic() < deadline:
+            time.sleep(min(_SECONDS_BETWEEN_LOOKS, scale.wait_seconds))
+        yield
+    finally:
+        request_resources(bundles=[])
 
 
 @contextmanager

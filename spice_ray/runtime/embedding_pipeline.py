@@ -86,10 +86,8 @@ def publish_given(root: Path, print_: str, shards: Shards, train_ids: Ints, view
         done = 0
         for table in _tables(shards):
             ids, vectors = table["sample_id"].to_numpy(), vectors_of(table)
-            # In float64 the square of the largest float32 is a number.
-            norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-            embedding[ids] = vectors / norms
-            plain[ids] = vectors / norms * np.sqrt(width)
+            embedding[ids] = unit_rows(vectors)
+            plain[ids] = unit_rows(vectors) * np.sqrt(width)
             done += len(ids)
             show(Done(done, shards.num_counted, None))
         for array in (embedding, plain):
@@ -98,6 +96,13 @@ def publish_given(root: Path, print_: str, shards: Shards, train_ids: Ints, view
         return {"num_images": shards.num_rows, "embed_dim": width, "views": found}
 
     return publish(root, EMBEDDING, print_, write)
+
+
+def unit_rows(vectors: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Vectors of length 1, (n, D)."""
+    # In float64 the square of the largest float32 is a number.
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return vectors / norms
 
 
 def _write_neighbors(folder: Path, embedding: Rows, plain: Rows, train_ids: Ints, views: int) -> int:

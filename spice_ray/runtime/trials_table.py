@@ -80,12 +80,13 @@ def row_of(metrics: dict[str, Any] | None, error: Any, values: Values, recipe: I
 
 
 def write_trials(file: Path, rows: list[dict[str, Any]], sweep: Sweep) -> None:
-    """Write the table of trials, in the order of ``rows``."""
+    """Write the table of trials, in the order of ``rows``; ``artifacts`` are what each was made of."""
     columns = {key: _of_one_type([row["values"][key] for row in rows]) for key in sweep.space}
     rest = {name: [row[name] for row in rows] for name in ("objective", "last_look", "reliable", "seconds", "note")}
     types = {"objective": pa.float64(), "last_look": pa.float64()}
     arrays = {name: pa.array(values, types.get(name)) for name, values in {**columns, **rest}.items()}
-    pq.write_table(pa.table(arrays), file)
+    used = pa.array([row["used"] for row in rows], pa.list_(pa.string()))
+    pq.write_table(pa.table({**arrays, "artifacts": used}), file)
 
 
 def _of_one_type(values: list[Any]) -> list[Any]:

@@ -108,3 +108,33 @@ def test_training_goes_on_with_fewer_workers_when_a_node_is_lost(
     np.testing.assert_array_equal(losses(run)[:, 0], expected[:, 0])
     np.testing.assert_allclose(losses(run)[:20, 1], expected[:20, 1], rtol=1e-3)
     np.testing.assert_allclose(losses(run)[:, 1], expected[:, 1], rtol=0.05)
+
+
+GROWN = """
+import sys
+from spice_ray.config import Scale
+from spice_ray.errors import ResourceError
+from spice_ray.runtime.cluster import connected, room
+try:
+    with connected(Scale(workers=3, cpus_per_worker=2, wait_seconds=0), verbose=False):
+        sys.exit("there was room before the cluster grew")
+except ResourceError:
+    print("too small", flush=True)
+with connected(Scale(workers=3, cpus_per_worker=2, wait_seconds=120), verbose=False):
+    print(room(2, 0), flush=True)
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_a_run_waits_for_a_cluster_that_grows(two_nodes: tuple[str, "subprocess.Popen[bytes]"]) -> None:
+    address, _ = two_nodes
+    environment = {**ENVIRONMENT, "RAY_ADDRESS": address}
+    with subprocess.Popen(
+        [sys.executable, "-c", GROWN], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as driver:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == "too small\n"
+        with ray_node(f"--address={address}", "--num-cpus=2"):
+            assert driver.communicate(timeout=200)[0] == "3\n"
+    assert driver.returncode == 0

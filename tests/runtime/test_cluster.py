@@ -1,4 +1,5 @@
 import os
+import time
 
 import pytest
 import ray
@@ -83,3 +84,16 @@ def test_workers_that_never_fit_are_refused_at_once() -> None:
         connected(Scale(gpus_per_worker=1), verbose=False),
     ):
         pytest.fail("connected let the workers through")
+
+
+def test_a_cluster_that_does_not_grow_in_time_is_refused_and_asked_for_nothing_more() -> None:
+    workers = room(1, 0) + 1
+    start = time.monotonic()
+    with (
+        pytest.raises(ResourceError, match="lower one of them"),
+        connected(Scale(workers=workers, wait_seconds=1), verbose=False),
+    ):
+        pytest.fail("it has no room for them")
+    assert 1 <= time.monotonic() - start < 30
+    with connected(Scale(workers=1, wait_seconds=60), verbose=False):
+        assert time.monotonic() - start < 30  # what is there is not waited for

@@ -1,0 +1,67 @@
+"""New images classified by a finished run: what stage 3 has learned, or the chosen head of a run on embeddings."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from spice_ray.config import ImageRecipe, Recipe
+from spice_ray.contracts import HEADS, JOINT, PREDICTED
+from spice_ray.readers.parts import read_part, vectors_of
+from spice_ray.runtime.data import Shards
+from spice_ray.runtime.embedding_pipeline import unit_rows
+from spice_ray.runtime.inference import IDENTITY, Report, predict_all
+from spice_ray.runtime.weights import load_head
+from spice_ray.storage import Artifact, fingerprint, open_artifact, publish
+
+
+def publish_predicted(root: Path, recipe: Recipe, model: Artifact, shards: Shards, report: Report) -> Artifact:
+    """One row for each image: who it is, its cluster and how sure the model is of it.
+
+    Args:
+        root: Where the artifact goes.
+        recipe: That of the run which made the model.
+        model: Its classifier, or the heads of a run on embeddings.
+        shards: The new images, or embeddings of the same model.
+        report: Hears how many rows of how many are done.
+    """
+    print_ = fingerprint(PREDICTED, {"shards": shards.path.name}, [model.fingerprint])
+    found = open_artifact(root, PREDICTED, print_)
+    if found is not None:
+        return found
+
+    def write(folder: Path) -> dict[str, Any]:
+        if isinstance(recipe, ImageRecipe):
+            assert model.kind == JOINT
+            predicted = predict_all(folder / "pooled.npy", recipe, recipe.scale, model, shards, report)
+            (folder / "pooled.npy").unlink()
+            logits, identity = predicted.logits, pa.concat_tables(predicted.identity)
+            logits = logits[identity["sample_id"].to_numpy()]
+        else:
+            assert model.kind == HEADS
+            logits, identity = _by_head(model, shards, report)
+        confidences, clusters = torch.from_numpy(logits).softmax(dim=1).max(dim=1)
+        columns = {"cluster": clusters.numpy(), "confidence": confidences.numpy()}
+        table = pa.table({**{name: identity[name] for name in IDENTITY}, **columns})
+        pq.write_table(table, folder / "assignments.parquet")
+        sizes = np.bincount(columns["cluster"], minlength=recipe.num_clusters)
+        return {"cluster_sizes": sizes.tolist()}
+
+    return publish(root, PREDICTED, print_, write)
+
+
+@torch.inference_mode()
+def _by_head(heads: Artifact, shards: Shards, report: Report) -> tuple[np.ndarray[Any, Any], pa.Table]:
+    head, total = load_head(heads), shards.num_rows
+    logits, identity = list[torch.Tensor](), list[pa.Table]()
+    for file in shards.readable:
+        table = read_part(shards.path, file, shards.format)
+        # In half precision, as the heads learnt them.
+        rows = (unit_rows(vectors_of(table)) * np.sqrt(shards.format.size)).astype(np.float16)
+        logits.append(head(torch.from_numpy(rows).float()))
+        identity.append(table.select(IDENTITY))
+        report(sum(map(len, logits)), total)
+    return torch.cat(logits).numpy(), pa.concat_tables(identity)
