@@ -13,7 +13,7 @@ from rich.text import Text
 from spice_ray.runtime.progress import Done
 
 if TYPE_CHECKING:
-    from spice_ray.runtime.trials_table import Reuse
+    from spice_ray.runtime.sweep_table import Reuse
 
 _SECONDS_BETWEEN_LINES = 10
 

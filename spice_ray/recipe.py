@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from spice_ray.config import ImageRecipe, Recipe
+from spice_ray.config import ImageRecipe, Recipe, Scale
 from spice_ray.errors import ConfigError
 from spice_ray.settings import Settings
 from spice_ray.shares import ESTIMATE, read_shares
@@ -54,6 +54,18 @@ def check_recipe(values: dict[str, Any]) -> Recipe:
         return type_.model_validate(_with_shares(values))
     except ValidationError as error:
         raise ConfigError(first_sentence(error, setting_keys(type_))) from None
+
+
+def check_scale(values: dict[str, Any]) -> Scale:
+    """The settings of how the work is spread, by themselves.
+
+    Raises:
+        ConfigError: In one sentence, the first thing that is wrong.
+    """
+    try:
+        return Scale.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"scale: {first_sentence(error, list(Scale.model_fields))}") from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:

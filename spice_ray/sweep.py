@@ -1,10 +1,11 @@
 """Sweeps: which settings are tried, checked as strictly as a recipe and before Ray is started."""
 
 import itertools
+import json
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
@@ -25,10 +26,12 @@ STAGES: tuple[Stage, ...] = ("encoder", "heads", "joint")
 _STAGE_OF_SECTION: dict[str, Stage] = {"pretrain": "encoder", "heads": "heads", "reliable": "joint", "joint": "joint"}
 _OF_ALL_TRIALS = (
     *("pretrain.weights", "pretrain.weights_sha256", "heads.prior", "heads.start"),
-    *("reliable.index", "reliable.labels", "reliable.labels_digest"),
+    *("reliable.index", "reliable.labels", "reliable.labels_digest", "joint.rounds"),
 )
-"""What says which images, classes or files there are, and not how they are learnt."""
+"""What says which images, classes or files there are, and not how they are learnt; and whether trials are light."""
+_MOST_TRIALS = 100_000
 _MOST_TRIALS_CHECKED = 1000
+_MOST_STEPS = 1e9
 
 
 class Range(Settings):
@@ -45,8 +48,12 @@ class Range(Settings):
     def _check_bounds(cls, bounds: Any, info: ValidationInfo) -> Any:
         """YAML reads 1e-3 as text."""
         try:
+            if not isinstance(bounds, list | tuple) or any(isinstance(value, bool) for value in bounds):
+                raise TypeError
             low, high = (value if isinstance(value, int | float) else float(value) for value in bounds)
-        except (TypeError, ValueError):
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(
                 f"{info.field_name}={bounds} cannot be used; give two numbers, such as [0.5, 0.9]"
             ) from None
@@ -61,7 +68,7 @@ class Range(Settings):
             raise ValueError(f"the bounds {low:g} and {high:g} of a range must rise")
         if self.is_log and low <= 0:
             raise ValueError(f"log_uniform needs bounds above 0, and {low:g} is not")
-        if self.step is not None and not 0 < self.step <= high - low:
+        if self.step is not None and not (high - low) / _MOST_STEPS < self.step <= high - low:
             raise ValueError(f"step={self.step:g} does not fit between the bounds {low:g} and {high:g}")
         return self
 
@@ -111,7 +118,7 @@ class EarlyStopping(Settings):
     looks: Annotated[int, Field(ge=2, le=20)] = 4
     """How often each trial is judged, at equal distances; the last time at its end."""
     factor: Annotated[int, Field(ge=2)] = 2
-    """One of so many trials goes on behind each look."""
+    """f: one of so many trials goes on behind the looks 1, f, f^2, ..."""
 
 
 class Sweep(Settings):
@@ -130,6 +137,9 @@ class Sweep(Settings):
     """Other settings of every trial, such as joint.steps=100 or scale.gpus_per_worker=0.5; the winner is run without
     them."""
     early_stopping: EarlyStopping | None = None
+    concurrent: PositiveInt | None = None
+    """Trials at once, at most; a cluster that grows by itself is asked for room for so many. None: as many as fit, and
+    such a cluster is asked for room for one."""
 
     @field_validator("space", mode="before")
     @classmethod
@@ -169,24 +179,26 @@ class Sweep(Settings):
         """The first stage that differs between trials."""
         return min((stage_of(key) for key in self.space), key=STAGES.index)
 
+    @property
+    def needs_neighbors(self) -> bool:
+        """Whether trials are judged by neighbours in the embedding."""
+        return self.objective == "neighbor_disagreement"
+
     def trials(self, seed: int) -> list[Values] | None:
-        """The settings of all trials; None where each is only known by what came of those before."""
+        """The settings of all trials, each once; None where each is only known by what came of those before."""
         if self.search == "tpe":
             return None
-        if self.search == "grid":
-            return list(self._grid())
         rng = random.Random(seed)
-        return [{key: _draw(values, rng) for key, values in self.space.items()} for _ in range(self.samples or 0)]
+        found: Iterable[Values] = (
+            self._grid()
+            if self.search == "grid"
+            else ({key: _draw(values, rng) for key, values in self.space.items()} for _ in range(self.samples or 0))
+        )
+        return list({json.dumps(values): values for values in found}.values())
 
-    @property
-    def num_trials(self) -> int:
-        """How many there are."""
-        sizes = (len(values) for values in self.space.values() if not isinstance(values, Range))
-        return self.samples if self.samples is not None else math.prod(sizes)
-
-    def examples(self) -> Iterator[Values]:
-        """Trials at the corners of the space: whatever is refused is refused of one of them."""
-        return self._grid()
+    def examples(self, seed: int) -> Iterator[Values]:
+        """Trials at the corners of the space, and those that are known already."""
+        return itertools.chain(itertools.islice(self._grid(), _MOST_TRIALS_CHECKED), self.trials(seed) or [])
 
     def _grid(self) -> Iterator[Values]:
         lists = [list(values.bounds) if isinstance(values, Range) else values for values in self.space.values()]
@@ -222,15 +234,18 @@ def check_trials(recipe: Recipe, sweep: Sweep) -> None:
     if not isinstance(recipe, ImageRecipe):
         refuse_sweep()
     _check_labels(recipe, sweep)
-    if sweep.first_stage == "encoder" and (recipe.min_clusters is not None or recipe.heads.prior == ESTIMATE):
+    stages = {stage_of(key) for key in (*sweep.space, *sweep.trial) if not key.startswith("scale.")}
+    if "encoder" in stages and (recipe.min_clusters is not None or recipe.heads.prior == ESTIMATE):
         name = f"num_clusters={recipe.asked_clusters}" if recipe.min_clusters is not None else "heads.prior=estimate"
         raise ConfigError(
             f"{name} is settled by the embedding, which this sweep varies, and then its trials could not be compared; "
             "give the number, or the shares, themselves"
         )
+    _check_number(sweep)
     # A trial beyond that, of a vast grid, would be refused when its turn comes.
-    for values in itertools.islice(sweep.examples(), _MOST_TRIALS_CHECKED):
+    for values in itertools.islice(sweep.examples(recipe.seed), 2 * _MOST_TRIALS_CHECKED):
         trial = trial_recipe(recipe, sweep, values)
+        recipe_with(recipe, values)  # the winner's, without what all trials have
         if sweep.early_stopping is not None and not is_light(sweep, trial):
             raise ConfigError(
                 "early_stopping judges trials within stage 3, on one worker and in one round; leave it out where stage "
@@ -238,9 +253,28 @@ def check_trials(recipe: Recipe, sweep: Sweep) -> None:
             )
 
 
+def _check_number(sweep: Sweep) -> None:
+    sizes = [len(values) for values in sweep.space.values() if not isinstance(values, Range)]
+    number = math.prod(sizes) if sweep.samples is None else sweep.samples
+    if number > _MOST_TRIALS:
+        raise ConfigError(
+            f"the sweep has {number} trials, and {_MOST_TRIALS} are the most; list fewer values, or use search: random"
+        )
+
+
 def _check_labels(recipe: ImageRecipe, sweep: Sweep) -> None:
+    idle = [key for key in sweep.space if key.startswith("pretrain.")]
+    if recipe.pretrain.weights is not None and idle:
+        raise ConfigError(
+            f"{idle[0]} cannot be swept with pretrain.weights, beside which it has no effect; leave one of them out"
+        )
     if recipe.reliable.labels is None:
         return
+    if recipe.is_supervised and sweep.needs_neighbors:
+        raise ConfigError(
+            "objective=neighbor_disagreement needs an embedding, which reliable.labels with joint.init=scratch leaves "
+            "out; use objective=unsupervised_loss"
+        )
     idle = [key for key in sweep.space if key == "joint.init" or key.startswith("reliable.")]
     idle += [key for key in sweep.space if recipe.is_supervised and stage_of(key) != "joint"]
     if idle:
@@ -300,11 +334,15 @@ def _read_tried(key: str, tried: Any) -> Any:
             return Range.model_validate(tried)
         except ValidationError as error:
             raise ValueError(f"space.{key}: {first_sentence(error, list(Range.model_fields))}") from None
-    if not isinstance(tried, list) or not tried or any(isinstance(value, list | dict) for value in tried):
+    if not isinstance(tried, list) or not tried or not all(map(_is_value, tried)):
         raise ValueError(
             f"space.{key}={tried} cannot be used; give a list of values, or a range such as {{uniform: [0.5, 0.9]}}"
         )
     return tried
+
+
+def _is_value(value: Any) -> bool:
+    return value is None or isinstance(value, int | str) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _draw(values: list[Value] | Range, rng: random.Random) -> Value:

@@ -11,7 +11,7 @@ from spice_ray.storage import reporting_disk_errors
 from spice_ray.sweep import Range, Sweep
 
 if TYPE_CHECKING:
-    from spice_ray.runtime.trials_table import Reuse
+    from spice_ray.runtime.sweep_table import Reuse
 
 _HEIGHT, _GAP, _TOP, _BOTTOM = 260, 170, 40, 40
 _PANEL_WIDTH, _PANEL_HEIGHT = 260, 190
@@ -37,7 +37,9 @@ class Axis:
     def of(cls, name: str, values: Sequence[Any]) -> "Axis":
         """The axis that holds all values: of numbers, or, where one is none, of names in their order of appearance."""
         is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        if not is_number or len(set(values)) == 1:
+        if is_number and len(set(values)) == 1:
+            return cls(name, lambda value: 0.5, [(0.5, f"{values[0]:.4g}")])
+        if not is_number:
             names = list(dict.fromkeys(map(str, values)))
             places = {value: (number + 0.5) / len(names) for number, value in enumerate(names)}
             return cls(name, lambda value: places[str(value)], [(places[value], value) for value in names])

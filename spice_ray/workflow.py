@@ -10,7 +10,15 @@ from spice_ray.config import ImageRecipe, Recipe, Scale
 from spice_ray.contracts import HEADS, JOINT, SHARDS
 from spice_ray.errors import ConfigError, DamagedError, DataError
 from spice_ray.image_counts import check_count
-from spice_ray.recipe import check_key, check_recipe, load_recipe, parse_override, setting_keys, with_value
+from spice_ray.recipe import (
+    check_key,
+    check_recipe,
+    check_scale,
+    load_recipe,
+    parse_override,
+    setting_keys,
+    with_value,
+)
 from spice_ray.run_folder import (
     RunFolder,
     check_folder,
@@ -21,11 +29,11 @@ from spice_ray.run_folder import (
     read_finished,
     read_record,
 )
-from spice_ray.runtime.cluster import check_local_cpus, connected
+from spice_ray.runtime.cluster import check_cluster, check_local_cpus, connected, grown
 from spice_ray.runtime.progress import Reporter
 from spice_ray.shards import check_form, check_kind, check_shards, find_shards
 from spice_ray.storage import Artifact, open_artifact, reporting_disk_errors
-from spice_ray.sweep import Sweep, check_trials, refuse_sweep
+from spice_ray.sweep import Sweep, check_trials, refuse_sweep, trial_recipe
 from spice_ray.sweep_report import write_sweep_report
 
 if TYPE_CHECKING:
@@ -68,6 +76,8 @@ def prepare(
     recipe = _with_labels(recipe)
     if trials is not None:
         check_trials(recipe, trials)
+        assert isinstance(recipe, ImageRecipe)  # of other recipes no sweep passes
+        check_local_cpus(trial_recipe(recipe, trials, {}).scale)
     # Workers have working directories of their own.
     path, out = Path(os.path.abspath(data)), Path(os.path.abspath(out))
     if data != "digits" and _holds_shards(path):
@@ -151,12 +161,16 @@ def sweep(
     Raises:
         SpiceError: As :func:`run`.
     """
-    with connected(prepared.recipe.scale, verbose=verbose):
+    assert isinstance(prepared.recipe, ImageRecipe)  # of other recipes prepare refuses a sweep
+    trial = trial_recipe(prepared.recipe, settings, {}).scale
+    workers = trial.least_workers * (settings.concurrent or 1)
+    with connected(prepared.recipe.scale, verbose=verbose), grown(trial, workers):
         from spice_ray.runtime.image_pipeline import ImagePipeline
         from spice_ray.runtime.tune import run_sweep
 
+        check_cluster(trial)
         pipeline = _pipeline(prepared, reporter)
-        assert isinstance(pipeline, ImagePipeline)  # of other recipes prepare refuses a sweep
+        assert isinstance(pipeline, ImagePipeline)
         result = run_sweep(pipeline, settings, name)
     report = prepared.run.path / "sweeps" / name / "report.html"
     write_sweep_report(report, settings, result.rows, result.reuse)
@@ -203,14 +217,16 @@ def predict(
     source = None if found is not None else open_source(data)
     if found is not None:
         check_form(recipe, found[0])
+        _check_width(found[0].manifest.get("embed_dim"), model)
         digest = f"{found[0].kind}-{found[0].fingerprint}"
     else:
         assert source is not None
         check_kind(recipe, embeddings=source.kind == "embeddings", name=_shown(data))
+        _check_width(getattr(source, "dim", None), model)
         digest = f"{source.kind}-{source.listing_digest()}"
     folder = claim_predictions(Path(os.path.abspath(out)), model.fingerprint, {"path": _shown(data), "digest": digest})
     with connected(recipe.scale, verbose=verbose):
-        from spice_ray.runtime.data import open_shards
+        from spice_ray.runtime.data import find_left_out, open_shards
         from spice_ray.runtime.predict import publish_predicted
         from spice_ray.runtime.progress import Done
 
@@ -218,8 +234,7 @@ def predict(
             assert source is not None
             size = recipe.image.size if isinstance(recipe, ImageRecipe) else None
             found = find_shards(folder.artifacts) or _ingest(source, folder.artifacts, size, recipe.seed, reporter)
-        _check_width(found[0], model)
-        shards = open_shards(found[0], None)
+        shards = open_shards(found[0], None, find_left_out(found[0], recipe.scale, reporter))
         with reporter.stage("predictions", "images") as show:
             table = publish_predicted(
                 folder.artifacts, recipe, model, shards, lambda done, total: show(Done(done, total, None))
@@ -232,14 +247,15 @@ def predict(
 def _finished_model(run: Path, overrides: list[str]) -> tuple[Recipe, Artifact]:
     """The recipe of a finished run, with settings of scale, and its classifier, or its heads."""
     record = read_finished(run)
-    settings = record["recipe"]
+    settings: dict[str, Any] = {}
     for override in overrides:
         key, value = parse_override(override)
         if not key.startswith("scale."):
             raise ConfigError(f"{key} is settled by the run; only settings of scale can be given here")
         check_key(key, setting_keys())
         settings = with_value(settings, key, value)
-    recipe = check_recipe(settings)
+    # Lanes, by which a recipe holds its workers, are of no account here.
+    recipe = check_recipe(record["recipe"]).model_copy(update={"scale": check_scale(settings.get("scale", {}))})
     kind = JOINT if isinstance(recipe, ImageRecipe) else HEADS
     root = run / record["artifacts_root"]
     model = open_artifact(root, kind, record["artifacts"][kind])
@@ -248,8 +264,8 @@ def _finished_model(run: Path, overrides: list[str]) -> tuple[Recipe, Artifact]:
     return recipe, model
 
 
-def _check_width(shards: Artifact, model: Artifact) -> None:
-    given, wanted = shards.manifest.get("embed_dim"), model.manifest.get("embed_dim")
+def _check_width(given: int | None, model: Artifact) -> None:
+    wanted = model.manifest.get("embed_dim")
     if model.kind == HEADS and given != wanted:
         raise DataError(
             f"the embeddings have {given} numbers each and those of the run have {wanted}; give embeddings of the same "

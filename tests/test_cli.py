@@ -37,6 +37,10 @@ def embed(data: str, *more: str) -> list[str]:
     return ["run", "embeddings", "--data", data, "--out", "{here}/new", *more]
 
 
+def predict(run: str, *more: str) -> list[str]:
+    return ["predict", run, "--data", "digits", "--out", "{here}/new", *more]
+
+
 def tune(sweep: str, *more: str) -> list[str]:
     return ["tune", sweep, "--data", "digits", "--out", "{here}/new", *more]
 
@@ -84,7 +88,8 @@ def write_settings(folder: Path) -> None:
     sweeps = {
         "typo": {"space": {"joint.confidnce": [0.9]}},
         "none": {"space": {"joint.confidence": []}},
-        "shared": {"space": {"pretrain.temperature": [0.1]}},
+        "shared": {"space": {"num_clusters": [9, 10]}},
+        "large": {"space": {"joint.confidence": [0.5]}, "trial": {"scale.cpus_per_worker": 1000}},
         "range": {"space": {"joint.confidence": [0.5, 1.5]}},
         "random": {"space": {"joint.confidence": [0.5]}, "search": "random"},
         "recipe": {"space": {"joint.confidence": [0.5]}, "recipe": "digitz"},
@@ -166,19 +171,25 @@ REFUSED = {
     "sweep malformed": (tune("{here}/malformed.yaml"), "malformed.yaml is not valid YAML"),
     "sweep typo": (tune("{here}/typo.yaml"), "'joint.confidnce'; did you mean 'joint.confidence'?"),
     "sweep of nothing": (tune("{here}/none.yaml"), "none.yaml: space.joint.confidence=[] cannot be used"),
-    "sweep of stage 1": (tune("{here}/shared.yaml"), "pretrain.temperature is shared by all trials"),
+    "sweep of K": (tune("{here}/shared.yaml"), "num_clusters is the same in all trials"),
     "sweep out of range": (tune("{here}/range.yaml"), "joint.confidence=1.5 cannot be used"),
     "sweep at random": (tune("{here}/random.yaml"), "search: random needs samples"),
     "sweep recipe": (tune("{here}/recipe.yaml"), "unknown recipe 'digitz'"),
     "sweep override": (tune("{here}/good.yaml", "seed=-1"), "seed=-1 cannot be used"),
     "sweep of embeddings": (
         ["tune", "{here}/good.yaml", "--data", "{here}/vectors.npy", "--out", "{here}/new"],
-        "a sweep ranks its trials by the classifier of stage 3, which runs on embeddings do not have; run each",
+        "a sweep varies the stages of runs on images, and this is a run on embeddings; run each threshold",
     ),
     "recipe of embeddings in a sweep": (
         [*tune("{here}/good.yaml"), "--recipe", "embeddings", "num_clusters=3"],
-        "a sweep ranks its trials by the classifier of stage 3, which runs on embeddings do not have; run each",
+        "a sweep varies the stages of runs on images, and this is a run on embeddings; run each threshold",
     ),
+    "sweep of nowhere": (tune("{here}/good.yaml", "scale.cpus_per_worker=1000"), "and this machine has"),
+    "trials too large": (tune("{here}/large.yaml"), "scale.cpus_per_worker=1000 need 1000 CPUs and this machine has"),
+    # Predictions.
+    "predict by nothing": (predict("{here}/nowhere"), "run.json does not exist; is {here}/nowhere the folder of a run"),
+    "predict too early": (predict("{here}/started"), "is not of a finished run; run the same command again"),
+    "predict by other settings": (predict("{here}/nowhere", "heads.count=3"), "run.json does not exist"),
     # The other commands.
     "evaluate nothing": (["evaluate", "{here}/nowhere"], "run.json does not exist; is {here}/nowhere the folder"),
     "evaluate no run": (["evaluate", "{here}/photos"], "run.json does not exist; is {here}/photos the folder of a run"),

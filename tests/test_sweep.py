@@ -45,6 +45,8 @@ def test_the_sweeps_beside_the_package_load_and_their_trials_can_be_run() -> Non
         ({"joint.confidence": []}, {}, "space.joint.confidence=[] cannot be used; give a list of values, or a range"),
         ({"joint.confidence": 0.9}, {}, "space.joint.confidence=0.9 cannot be used; give a list of values, or a range"),
         ({"joint.confidence": [[0.9]]}, {}, "space.joint.confidence=[[0.9]] cannot be used"),
+        ({"joint.confidence": [float("nan")]}, {}, "space.joint.confidence=[nan] cannot be used"),
+        ({"joint.rounds": [1, 2]}, {}, "joint.rounds is the same in all trials"),
         ({"joint.confidence": {"unifrm": [0, 1]}}, {}, "unknown setting 'unifrm'; did you mean 'uniform'?"),
         ({}, {}, "space={} cannot be used"),
         ({"joint.confidence": [0.9]}, {"serach": "grid"}, "unknown setting 'serach'; did you mean 'search'?"),
@@ -87,6 +89,13 @@ def test_a_sweep_that_cannot_be_used_is_one_sentence_that_names_the_file(
         ({"uniform": [0, 1], "log_uniform": [1, 2]}, "a range needs uniform or log_uniform with two bounds"),
         ({"uniform": [1]}, "uniform=[1] cannot be used; give two numbers"),
         ({"uniform": [0, "a"]}, "uniform=[0, 'a'] cannot be used; give two numbers"),
+        ({"uniform": [True, 5]}, "uniform=[True, 5] cannot be used; give two numbers"),
+        ({"uniform": "12"}, "uniform=12 cannot be used; give two numbers"),
+        ({"uniform": {1: 2, 3: 4}}, "cannot be used; give two numbers"),
+        ({"uniform": [0, float("nan")]}, "cannot be used; give two numbers"),
+        ({"uniform": [0, float("inf")]}, "cannot be used; give two numbers"),
+        ({"uniform": [0, 10**400]}, "cannot be used; give two numbers"),
+        ({"uniform": [0, 1], "step": 5e-324}, "does not fit between the bounds 0 and 1"),
         ({"uniform": 3}, "uniform=3 cannot be used; give two numbers"),
         ({"uniform": [1, 1]}, "the bounds 1 and 1 of a range must rise"),
         ({"uniform": [2, 1]}, "the bounds 2 and 1 of a range must rise"),
@@ -131,7 +140,6 @@ def test_steps_and_whole_numbers() -> None:
 def test_trials_of_a_grid_are_all_combinations_and_of_a_random_search_depend_on_the_seed() -> None:
     space: dict[str, Any] = {"joint.confidence": [0.9, 0.95], "reliable.neighbors": [10, 20, 30]}
     grid = Sweep(recipe="digits", space=space)
-    assert grid.num_trials == 6
     assert grid.trials(0) == [
         {"joint.confidence": c, "reliable.neighbors": n} for c in (0.9, 0.95) for n in (10, 20, 30)
     ]
@@ -140,10 +148,16 @@ def test_trials_of_a_grid_are_all_combinations_and_of_a_random_search_depend_on_
     )
     first, again, other = drawn.trials(0), drawn.trials(0), drawn.trials(1)
     assert first is not None
-    assert len(first) == drawn.num_trials == 9
+    assert len(first) == 9
     assert first == again != other
     assert all(trial["joint.confidence"] in (0.9, 0.95) and 1e-3 <= trial["joint.lr"] <= 1e-1 for trial in first)
     assert Sweep(recipe="digits", space=space, search="tpe", samples=4).trials(0) is None
+
+
+def test_equal_trials_are_one() -> None:
+    drawn = Sweep(recipe="digits", space={"joint.confidence": [0.9, 0.95]}, search="random", samples=20).trials(0)
+    assert sorted(drawn or [], key=str) == [{"joint.confidence": 0.9}, {"joint.confidence": 0.95}]
+    assert Sweep(recipe="digits", space={"joint.lr": [0.1, 0.1]}).trials(0) == [{"joint.lr": 0.1}]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +200,13 @@ def test_every_value_of_a_sweep_is_checked_with_the_others_of_its_trial(tmp_path
     too_far = {"joint.confidence": {"uniform": [0.5, 1.5]}}
     with pytest.raises(ConfigError, match=r"joint\.confidence=1\.5 cannot be used"):
         check_trials(recipe, load_sweep(sweep_file(tmp_path, too_far, search="random", samples=2)))
+    between = {"joint.labelled_batch": {"uniform": [32, 64]}}
+    with pytest.raises(ConfigError, match=r"joint\.lanes=4 does not divide joint\.labelled_batch"):
+        check_trials(recipe, load_sweep(sweep_file(tmp_path, between, search="random", samples=4)))
+    # The winner would have to do without what makes this trial fit.
+    alone = {"pretrain.symmetric": [True]}
+    with pytest.raises(ConfigError, match=r"does not divide pretrain\.queue_size=384"):
+        check_trials(recipe, load_sweep(sweep_file(tmp_path, alone, trial={"pretrain.queue_size": 256})))
     with pytest.raises(ConfigError, match=r"joint\.steps=0 cannot be used"):
         check_trials(recipe, load_sweep(sweep_file(tmp_path, {"joint.ema": [0.5]}, trial={"joint.steps": 0})))
 
@@ -210,6 +231,21 @@ def test_an_encoder_cannot_be_swept_where_the_embedding_settles_what_trials_are_
     with pytest.raises(ConfigError, match=r"is settled by the embedding, which this sweep varies"):
         check_trials(recipe, load_sweep(sweep_file(tmp_path, {"pretrain.temperature": [0.1]})))
     check_trials(recipe, load_sweep(sweep_file(tmp_path, {"heads.lr": [0.1]})))
+    with pytest.raises(ConfigError, match=r"is settled by the embedding, which this sweep varies"):
+        check_trials(recipe, load_sweep(sweep_file(tmp_path, {"heads.lr": [0.1]}, trial={"pretrain.epochs": 3})))
+
+
+def test_what_has_no_effect_or_no_end_is_refused(tmp_path: Path) -> None:
+    space = {"pretrain.temperature": [0.1]}
+    with pytest.raises(ConfigError, match=r"pretrain\.temperature cannot be swept with pretrain\.weights"):
+        check_trials(digits("pretrain.weights=w.safetensors"), load_sweep(sweep_file(tmp_path, space)))
+    supervised = digits("reliable.labels=a.parquet", "joint.init=scratch")
+    judged = sweep_file(tmp_path, {"joint.ema": [0.9]}, objective="neighbor_disagreement")
+    with pytest.raises(ConfigError, match=r"objective=neighbor_disagreement needs an embedding"):
+        check_trials(supervised, load_sweep(judged))
+    vast = {key: [n / 1000 for n in range(400)] for key in ("joint.confidence", "joint.ema")}
+    with pytest.raises(ConfigError, match=r"the sweep has 160000 trials, and 100000 are the most"):
+        check_trials(digits(), load_sweep(sweep_file(tmp_path, vast)))
 
 
 def test_trials_that_are_judged_once_cannot_stop_early(tmp_path: Path) -> None:

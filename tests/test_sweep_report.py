@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from spice_ray.runtime.trials_table import Reuse
+from spice_ray.runtime.sweep_table import Reuse
 from spice_ray.sweep import Sweep
 from spice_ray.sweep_report import Axis, write_sweep_report
 
@@ -80,6 +80,16 @@ def test_names_truth_values_and_what_all_trials_have_are_places_of_their_own() -
     truth = Axis.of("pretrain.symmetric", [False, True, False])
     assert truth.place(False) < truth.place(True)
     assert Axis.of("joint.lr", [0.1, 0.1]).place(0.1) == 0.5
+
+
+def test_trials_that_are_all_worth_the_same(tmp_path: Path) -> None:
+    sweep = Sweep(recipe="digits", space={"joint.confidence": [0.5, 0.9]})
+    # The mean of three of them is another number.
+    rows = [row(0.1, joint__confidence=value) for value in (0.5, 0.5, 0.5, 0.9)]
+    _, plots = report(tmp_path, sweep, rows)
+    assert len(plots[0].findall(f"{SVG}polyline")) == 4
+    (means,) = plots[1].findall(f"{SVG}polyline")
+    assert len({top for _, top in numbers(means)}) == 1
 
 
 def test_one_trial_and_a_note_that_looks_like_markup(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def connected(scale: Scale, *, verbose: bool) -> Iterator[None]:
     with _quiet(verbose):
         folder = None if ray.is_initialized() else _start(verbose, environment)
         try:
-            with grown(scale):
-                _check_cluster(scale)
+            with grown(scale, scale.least_workers):
+                check_cluster(scale)
                 yield
         except ray.exceptions.RayError as error:
             raise _as_user_error(error) from error
@@ -200,7 +200,12 @@ def num_workers(scale: Scale) -> int:
     return scale.workers if scale.workers != "auto" else max(1, room(scale.cpus_per_worker, scale.gpus_per_worker))
 
 
-def _check_cluster(scale: Scale) -> None:
+def check_cluster(scale: Scale) -> None:
+    """Refuse what the cluster has no room for: Ray would wait for ever.
+
+    Raises:
+        ResourceError: Says what is too much.
+    """
     import ray
 
     resources = ray.cluster_resources()
@@ -222,8 +227,8 @@ def _check_cluster(scale: Scale) -> None:
 
 
 @contextmanager
-def grown(scale: Scale) -> Iterator[None]:
-    """A cluster that grows by itself, asked to hold the workers for as long as the context lasts.
+def grown(scale: Scale, workers: int) -> Iterator[None]:
+    """A cluster that grows by itself, asked to hold so many workers for as long as the context lasts.
 
     Left to itself it grows for what waits for room, and a run refuses what the cluster has no room for.
     """
@@ -233,11 +238,11 @@ def grown(scale: Scale) -> Iterator[None]:
     from ray.autoscaler.sdk import request_resources
 
     worker = {"CPU": scale.cpus_per_worker, "GPU": scale.gpus_per_worker}
-    wanted = [{name: amount for name, amount in worker.items() if amount} for _ in range(scale.least_workers)]
+    wanted = [{name: amount for name, amount in worker.items() if amount} for _ in range(workers)]
     request_resources(bundles=[*wanted, {"CPU": 1}])
     try:
         deadline = time.monotonic() + scale.wait_seconds
-        while room(scale.cpus_per_worker, scale.gpus_per_worker) < scale.least_workers and time.monotonic() < deadline:
+        while room(scale.cpus_per_worker, scale.gpus_per_worker) < workers and time.monotonic() < deadline:
             time.sleep(min(_SECONDS_BETWEEN_LOOKS, scale.wait_seconds))
         yield
     finally:

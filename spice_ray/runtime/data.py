@@ -12,13 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from spice_ray.config import Scale
 from spice_ray.contracts import ShardFile
 from spice_ray.core.lanes import Lanes, ResidentLanes, Rows, ServedLanes, Stream
 from spice_ray.core.streaming import Ahead, StreamedLanes
-from spice_ray.errors import ConfigError
+from spice_ray.errors import ConfigError, DamagedError
 from spice_ray.readers.parts import PartFormat, format_of, images_of
 from spice_ray.runtime.memory import Budget, home_of
-from spice_ray.runtime.reading import read_parts
+from spice_ray.runtime.progress import Reporter
+from spice_ray.runtime.reading import find_damaged, read_parts
 from spice_ray.storage import Artifact
 
 # Ray Data starts anew for each of these; the tables that are then still in the worker's queue bridge the pause.
@@ -71,6 +73,27 @@ def open_shards(artifact: Artifact, splits: tuple[str, ...] | None, damaged: fro
         files.append(ShardFile(file["name"], first_id, file["rows"], counted, file["crc32"]))
         first_id += file["rows"]
     return Shards(artifact.path, format_of(manifest), files, splits, damaged)
+
+
+def find_left_out(artifact: Artifact, scale: Scale, reporter: Reporter) -> frozenset[str]:
+    """Damaged shard files, where they may be left out: every file is read for it.
+
+    Raises:
+        DamagedError: No file is whole.
+    """
+    if not scale.skip_damaged:
+        return frozenset()
+    shards = open_shards(artifact, None)
+    damaged = find_damaged(shards.path, shards.readable)
+    if len(damaged) == len(shards.readable):
+        raise DamagedError(f"every shard file of {shards.path} is damaged; delete that folder and make it anew")
+    if damaged:
+        lost = sum(file.rows for file in shards.files if file.name in damaged)
+        reporter.note(
+            f"{lost} rows of {shards.num_rows} are left out, their shard files are damaged: "
+            f"{', '.join(sorted(damaged))}"
+        )
+    return damaged
 
 
 def check_lanes(shards: Shards, num_lanes: int, name: str) -> None:

@@ -23,7 +23,7 @@ from spice_ray.runtime.train import fit
 from spice_ray.runtime.workers import Host, JointJob, PretrainJob, publish_skipped, run_joint, run_pretrain
 from spice_ray.shards import splits_of
 from spice_ray.storage import Artifact, fingerprint
-from spice_ray.sweep import Stage
+from spice_ray.sweep import Stage, stage_of
 
 
 @dataclass(frozen=True)
@@ -209,26 +209,36 @@ class ImagePipeline(Pipeline):
         recipe = self.recipe
         fit(run, job, recipe.scale, recipe.worker_counts, self.run.checkpoints, progress, self.reporter.note)
 
-    def make_shared(self, first_stage: Stage) -> Self:
+    def make_shared(self, first_key: str, *, neighbors: bool) -> Self:
         """What all trials of a sweep share, before each would make it: the stages above the first that they vary.
 
         Gives the run with its K and its prior.
+
+        Args:
+            first_key: A setting of the first stage that they vary.
+            neighbors: Whether trials need neighbours of each row in the embedding.
         """
-        if self.recipe.is_supervised or first_stage == "encoder":
+        if self.recipe.is_supervised or first_key.startswith("pretrain."):
             return self
-        self.make_through("encoder" if first_stage == "heads" else "heads")
+        if stage_of(first_key) == "encoder":
+            self._tell("stage 1", self.encoder)
+            return self
+        stage: Stage = "encoder" if stage_of(first_key) == "heads" else "heads"
+        self.make_through(stage, neighbors=neighbors)
         settled = self.settled
         assert isinstance(settled, ImageRecipe)
         return replace(self, recipe=settled)
 
-    def make_through(self, stage: Stage) -> None:
-        """Make what the stages behind ``stage`` begin with: the embedding, or heads and neighbours."""
-        if stage == "encoder":
-            self.reporter.note(f"stage 1: {self.embedding.path.name}")
-            return
-        self.reporter.note(f"stages 1 and 2: {self.heads.path.name}")
-        if self.recipe.reliable.labels is None:
-            self.reporter.note(f"neighbours: {self.neighbors.path.name}")
+    def make_through(self, stage: Stage, *, neighbors: bool) -> None:
+        """Make what the stages behind ``stage`` begin with: the embedding, or heads, and neighbours where needed."""
+        self._tell("embedding", self.embedding)
+        if neighbors:
+            self._tell("neighbours", self.neighbors)
+        if stage == "heads":
+            self._tell("stage 2", self.heads)
+
+    def _tell(self, name: str, made: Artifact) -> None:
+        self.reporter.note(f"{name}: {made.path.name}")
 
     def joint_job(self, round_: Round, print_: str) -> JointJob:
         """What a worker of stage 3 is given.

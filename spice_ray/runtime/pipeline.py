@@ -19,18 +19,17 @@ from spice_ray.config import Recipe
 from spice_ray.contracts import CLUSTER_COUNT, HEADS, LABELS, NEIGHBORS, PRIOR, RELIABLE
 from spice_ray.core.order import stream_key
 from spice_ray.core.unsupervised_loss import perfect_loss
-from spice_ray.errors import DamagedError, StorageError
+from spice_ray.errors import StorageError
 from spice_ray.image_counts import num_neighbors
 from spice_ray.run_folder import RunFolder
 from spice_ray.runtime.bank import open_bank
 from spice_ray.runtime.cluster_count import TABLE, describe, publish_cluster_count
-from spice_ray.runtime.data import Shards, open_shards
+from spice_ray.runtime.data import Shards, find_left_out, open_shards
 from spice_ray.runtime.heads import HeadPool, publish_heads, train_ensemble
 from spice_ray.runtime.inference import training_ids
 from spice_ray.runtime.neighbors import WIDEST, NeighborJob, publish_neighbors, rows_of_part
 from spice_ray.runtime.prior import SHARES, describe_prior, publish_prior
 from spice_ray.runtime.progress import Done, ProgressWriter, Reporter, watched
-from spice_ray.runtime.reading import find_damaged
 from spice_ray.runtime.reliable import check_clusters, publish_reliable
 from spice_ray.settings import ADAPTIVE, Settings
 from spice_ray.shards import check_shards, splits_of
@@ -80,19 +79,7 @@ class Pipeline(ABC):
     @cached_property
     def damaged(self) -> frozenset[str]:
         """Shard files that are left out; only looked for where that is allowed, as every file is read for it."""
-        if not self.recipe.scale.skip_damaged:
-            return frozenset()
-        shards = open_shards(self.shards_artifact, None)
-        damaged = find_damaged(shards.path, shards.readable)
-        if len(damaged) == len(shards.readable):
-            raise DamagedError(f"every shard file of {shards.path} is damaged; delete that folder and make it anew")
-        if damaged:
-            lost = sum(file.rows for file in shards.files if file.name in damaged)
-            self.reporter.note(
-                f"{lost} rows of {shards.num_rows} are left out, their shard files are damaged: "
-                f"{', '.join(sorted(damaged))}"
-            )
-        return damaged
+        return find_left_out(self.shards_artifact, self.recipe.scale, self.reporter)
 
     @cached_property
     def all_shards(self) -> Shards:

@@ -10,6 +10,9 @@ import ray.data
 from spice_ray.contracts import ShardFile
 from spice_ray.readers.parts import PartFormat, is_intact, read_part
 
+CPUS_OF_READER = 0.5
+"""What a task that reads asks for: workers may have all CPUs but one, and trials of a sweep a part of that one."""
+
 
 def prepare_context() -> None:
     """Set Ray Data up in this process: blocks keep their order and their size, and errors stay what they are."""
@@ -21,7 +24,12 @@ def prepare_context() -> None:
 
 
 def read_parts(
-    folder: Path, files: list[ShardFile], format_: PartFormat, *, num_cpus: float = 1, num_tasks: int | None = None
+    folder: Path,
+    files: list[ShardFile],
+    format_: PartFormat,
+    *,
+    num_cpus: float = CPUS_OF_READER,
+    num_tasks: int | None = None,
 ) -> ray.data.Dataset:
     """A stream of shard files, one block each, in the order given; images are decoded.
 

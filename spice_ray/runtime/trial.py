@@ -29,13 +29,13 @@ from spice_ray.runtime.workers import Host, augmentation_of, initial_joint, publ
 from spice_ray.stages.assign import predict
 from spice_ray.stages.train_heads import shares_of
 from spice_ray.storage import Artifact, fingerprint, open_artifact, publish
-from spice_ray.sweep import EarlyStopping, Sweep, is_light
+from spice_ray.sweep import EarlyStopping, Sweep
 
 _NEIGHBORS = 20
 """Whose labels are compared: as many in every trial, whatever its own Ns is."""
 _ROWS = 1 << 13
-Tell = Callable[[float], None]
-"""Hears the objective of a trial that is not over."""
+Tell = Callable[[int, float], None]
+"""Hears the number of a look, counted from 1, and the objective of a trial that is not over."""
 
 
 @dataclass(frozen=True)
@@ -90,31 +90,30 @@ class Found(NamedTuple):
     """The artifacts that it is made of."""
 
 
-def run_trial(pipeline: ImagePipeline, judge: Judge, tell: Tell) -> Found:
+def run_trial(pipeline: ImagePipeline, judge: Judge, tell: Tell | None) -> Found:
     """Make what is missing, and judge it.
 
     Args:
         pipeline: The trial's; artifacts are where those of the run are.
         judge: The sweep's.
-        tell: Hears the objective at each look but the last.
+        tell: Where stage 3 is trained in this process, hears the objective at each look but the last; else None.
 
     Raises:
         SpiceError: A stage cannot be run.
     """
     if judge.sweep.judged_by == "heads":
-        score = _score(pipeline, judge, [pipeline.heads], lambda: _predictions_of_heads(pipeline))
+        score = _score(pipeline, judge, pipeline.heads, lambda _: _predictions_of_heads(pipeline))
         made = [pipeline.shards_artifact, pipeline.encoder, pipeline.embedding, pipeline.heads]
         return Found(score, 0, "", _names(made))
-    skip = None
-    if is_light(judge.sweep, pipeline.recipe):
-        skip = _train_here(pipeline, judge, tell)
-        predictions = partial(_predictions_here, pipeline)
-    else:
-        predictions = partial(_predictions_by_pool, pipeline)
+    if tell is not None:
+        _train_here(pipeline, judge, tell)
     joint = pipeline.joint
-    score = _score(pipeline, judge, [joint], lambda: predictions(joint))
+    if tell is not None:
+        score = _score(pipeline, judge, joint, lambda _: _predictions_of(pipeline, load_joint(joint)))
+    else:
+        score = _score(pipeline, judge, joint, partial(_predictions_by_pool, pipeline))
     reliable = pipeline.last_round.reliable
-    return Found(score, sum(reliable.manifest["kept"]), skip or joint.manifest["skipped"] or "", _names(pipeline.made))
+    return Found(score, sum(reliable.manifest["kept"]), joint.manifest["skipped"] or "", _names(pipeline.made))
 
 
 def _names(artifacts: list[Artifact]) -> list[str]:
@@ -125,51 +124,55 @@ Predictions = tuple[NDArray[np.float32], NDArray[np.floating]]
 """Logits and features of all images, (N, K) and (N, D)."""
 
 
-def _score(
-    pipeline: ImagePipeline, judge: Judge, parents: list[Artifact], predictions: Callable[[], Predictions]
-) -> float:
-    """The objective of a trial, computed once."""
-    print_ = fingerprint(SCORE, judge.settings(), [parent.fingerprint for parent in parents])
+def _score(pipeline: ImagePipeline, judge: Judge, model: Artifact, predictions: Callable[[Path], Predictions]) -> float:
+    """The objective of a trial, computed once; predictions may be mapped from a folder that is gone afterwards."""
+    print_ = fingerprint(SCORE, judge.settings(), [model.fingerprint])
     found = open_artifact(pipeline.run.artifacts, SCORE, print_)
     if found is None:
-        value = judge.value(pipeline, *predictions())
+        # A network file system keeps what is still mapped for a moment.
+        with TemporaryDirectory(dir=pipeline.run.path, ignore_cleanup_errors=True) as folder:
+            value = judge.value(pipeline, *predictions(Path(folder)))
         if not math.isfinite(value):
             raise TrainingError(f"the objective {judge.sweep.objective} is not a number: training diverged")
         found = publish(pipeline.run.artifacts, SCORE, print_, lambda folder: {"objective": value})
     return float(found.manifest["objective"])
 
 
-def _train_here(pipeline: ImagePipeline, judge: Judge, tell: Tell) -> str | None:
-    """Stage 3 in this process, and why it was skipped where it was."""
+def _train_here(pipeline: ImagePipeline, judge: Judge, tell: Tell) -> None:
+    """Stage 3 in this process, unless it is finished or cannot be trained."""
     round_ = pipeline.first_round
     print_ = pipeline.joint_fingerprint(round_)
     if open_artifact(pipeline.run.artifacts, JOINT, print_) is not None:
-        return None
+        return
     job, skip = pipeline.joint_job(round_, print_), pipeline.why_skip_joint(round_)
     if skip is not None:
         publish_skipped(job, skip)
-        return skip
+        return
     start = time.monotonic()
     scale = pipeline.recipe.scale
     device = _device(pipeline)
 
-    def look(weights: dict[str, Tensor]) -> None:
+    def look(number: int, weights: dict[str, Tensor]) -> None:
         model = initial_joint(job)
         model.load_state_dict(weights)
-        tell(judge.value(pipeline, *_predictions_of(pipeline, model)))
+        value = judge.value(pipeline, *_predictions_of(pipeline, model))
+        if not math.isfinite(value):
+            raise TrainingError(f"the objective {judge.sweep.objective} is not a number: training diverged")
+        tell(number, value)
 
     progress = TrialProgress(judge.sweep.early_stopping, look)
     memory = image_budget(scale, device, judge.num_sharing)
     run_joint(job, Host(device, lambda module: module, progress, memory, scale.accumulate))
     pipeline.run.note_seconds(JOINT, print_, time.monotonic() - start)
-    return None
 
 
 class TrialProgress:
     """A trial trains from its beginning to its end in one process, which may be told to stop at each look."""
 
     def __init__(
-        self, stopping: EarlyStopping | None = None, look: Callable[[dict[str, Tensor]], None] = lambda weights: None
+        self,
+        stopping: EarlyStopping | None = None,
+        look: Callable[[int, dict[str, Tensor]], None] = lambda number, weights: None,
     ) -> None:
         self._looks = 1 if stopping is None else stopping.looks
         self._look = look
@@ -179,8 +182,9 @@ class TrialProgress:
 
     def advance(self, step: int, total: int, loss: Tensor, snapshot: Callable[[], dict[str, Any]]) -> None:
         """Look at the moving average of the weights where it is time."""
-        if step < total and any(step == total * number // self._looks for number in range(1, self._looks)):
-            self._look(snapshot()["ema"])
+        number = next((number for number in range(1, self._looks) if step == total * number // self._looks), None)
+        if number is not None and step < total:
+            self._look(number, snapshot()["ema"])
 
     def note_health(self, epoch: int, loss: Tensor, health: Health) -> None:
         """A trial of one process trains no encoder."""
@@ -190,16 +194,11 @@ def _device(pipeline: ImagePipeline) -> torch.device:
     return torch.device("cuda" if pipeline.recipe.scale.gpus_per_worker else "cpu")
 
 
-def _predictions_by_pool(pipeline: ImagePipeline, joint: Artifact) -> Predictions:
-    """What a classifier says of all images, by a pool of actors."""
-    with TemporaryDirectory(dir=pipeline.run.path) as folder:
-        recipe, shards = pipeline.recipe, pipeline.train_shards
-        found = predict_all(Path(folder) / "pooled.npy", recipe, recipe.scale, joint, shards, lambda done, total: None)
-        return found.logits, found.pooled  # what is mapped stays until nobody looks at it
-
-
-def _predictions_here(pipeline: ImagePipeline, joint: Artifact) -> Predictions:
-    return _predictions_of(pipeline, load_joint(joint))
+def _predictions_by_pool(pipeline: ImagePipeline, folder: Path) -> Predictions:
+    """What the trial's classifier says of all images, by a pool of actors; features are mapped from the folder."""
+    recipe, shards, file = pipeline.recipe, pipeline.train_shards, folder / "pooled.npy"
+    found = predict_all(file, recipe, recipe.scale, pipeline.joint, shards, lambda done, total: None)
+    return found.logits, found.pooled
 
 
 @torch.inference_mode()
@@ -245,5 +244,6 @@ def nested(recipe: ImageRecipe) -> ImageRecipe:
     They are no more than it trains on: trials that wait for room which others hold, who wait for theirs, would wait for
     ever. The bank is mapped, so that trials with the same embedding hold it once and the object store not at all.
     """
-    own = {"head_actors": recipe.scale.least_workers, "bank_memory": 0}
+    most = recipe.scale.least_workers
+    own = {"head_actors": min(recipe.scale.head_actors or most, most), "bank_memory": 0}
     return recipe.model_copy(update={"scale": recipe.scale.model_copy(update=own)})

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -18,20 +19,21 @@ import yaml
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from spice_ray.config import ImageRecipe
+from spice_ray.config import ImageRecipe, Scale
 from spice_ray.errors import SpiceError, TrainingError
 from spice_ray.run_folder import RunFolder, science
 from spice_ray.runtime.cluster import find_spice_error, room
 from spice_ray.runtime.image_pipeline import ImagePipeline
 from spice_ray.runtime.neighbors import WIDEST
 from spice_ray.runtime.progress import ProgressWriter, SilentReporter, watched
+from spice_ray.runtime.reading import CPUS_OF_READER
+from spice_ray.runtime.sweep_table import Reuse, reuse_of, row_of, write_trials
 from spice_ray.runtime.trial import Found, Judge, nested, run_trial
-from spice_ray.runtime.trials_table import Reuse, reuse_of, row_of, write_trials
 from spice_ray.storage import read_json, write_json
 from spice_ray.sweep import STAGES, Range, Stage, Sweep, Values, is_light, recipe_with, stage_of, trial_recipe
 
 _OF_NESTED = 0.1
-"""CPUs of a trial that waits for processes of its own, and of the task that starts them."""
+"""CPUs of a trial that waits for processes of its own."""
 _RETRIES = 3
 
 
@@ -54,11 +56,17 @@ class Trials:
     sweep: Sweep
     judge: Judge
     progress: Path
+    light: bool
+    """Whether each of them is one process that trains stage 3 alone."""
 
-    def of(self, values: Values, *, light: bool) -> ImagePipeline:
-        """The pipeline of one trial; its folder is named by its settings, so that a sweep goes on where it stopped."""
+    def of(self, values: Values, *, light: bool, trial: str = "") -> ImagePipeline:
+        """The pipeline of one trial; its folder is named by its settings, so that a sweep goes on where it stopped.
+
+        Trials that may have equal settings, those of a search that learns, have a folder each, by their name.
+        """
         recipe = trial_recipe(self.pipeline.recipe, self.sweep, values)
-        settings = json.dumps({**self.sweep.trial, **values}, sort_keys=True)
+        own = trial if self.sweep.search == "tpe" else ""
+        settings = json.dumps([{**self.sweep.trial, **values}, own], sort_keys=True)
         name = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
         run = RunFolder(self.pipeline.run.path / "sweeps" / ".trials" / name, self.pipeline.run.artifacts)
         run.path.mkdir(parents=True, exist_ok=True)
@@ -73,33 +81,45 @@ def run_sweep(pipeline: ImagePipeline, sweep: Sweep, name: str) -> SweepResult:
     """
     folder = pipeline.run.path / "sweeps" / name
     folder.mkdir(parents=True, exist_ok=True)
+    pipeline.run.artifacts.mkdir(exist_ok=True)  # shards that are given lie elsewhere
     before = {found.name for found in pipeline.run.artifacts.iterdir()}
     pipeline = replace(pipeline, most_neighbors=most_neighbors(pipeline.recipe, sweep))
-    # How much each trial takes is nothing to the stages that all of them share.
-    science_of_trials = {key: value for key, value in sweep.trial.items() if not key.startswith("scale.")}
-    shared = replace(pipeline, recipe=recipe_with(pipeline.recipe, science_of_trials)).make_shared(sweep.first_stage)
-    settled = _settled(pipeline.recipe, shared.recipe)
-    scale = trial_recipe(shared.recipe, sweep, {}).scale
-    progress = pipeline.run.progress("sweep")
-    light = is_light(sweep, trial_recipe(shared.recipe, sweep, {}))
-    judge = Judge(sweep, settled, _num_concurrent(scale, light=light))
-    trials = Trials(replace(shared, reporter=SilentReporter()), sweep, judge, progress)
-    failed = _make_parents(trials, pipeline, light=light)
+    trials, settled = _prepare(pipeline, sweep)
+    failed = _make_parents(trials, pipeline)
     with pipeline.reporter.stage("sweep", "trials") as show:
-        results = watched(lambda: _fit(trials, folder, failed, light=light), progress, show)
-    rows = [row_of(result.metrics, result.error, _values_of(result.config, sweep), shared.recipe) for result in results]
+        results = watched(lambda: _fit(trials, folder, failed), trials.progress, show)
+    rows = [row_of(result.metrics, result.error, _values_of(result.config, sweep), settled) for result in results]
     rows.sort(key=lambda row: (row["objective"] is None, row["objective"] or 0))
+    write_trials(folder / "trials.parquet", rows, sweep)
+    reuse = reuse_of(rows, before, pipeline.run)
+    write_json(folder / "reuse.json", [found._asdict() for found in reuse])
     if not rows or rows[0]["objective"] is None:
         raise TrainingError(
             f"no trial came to an end ({rows[0]['note'] if rows else 'none was started'}); "
             "run the same command again with --verbose"
         )
-    write_trials(folder / "trials.parquet", rows, sweep)
-    reuse = reuse_of(rows, before, pipeline.run)
-    write_json(folder / "reuse.json", [found._asdict() for found in reuse])
-    winner = replace(pipeline, recipe=settled)
-    _finish_winner(winner, recipe_with(settled, rows[0]["values"]), folder)
+    _finish_winner(replace(pipeline, recipe=settled), recipe_with(settled, rows[0]["values"]), folder)
     return SweepResult(rows, reuse)
+
+
+def _prepare(pipeline: ImagePipeline, sweep: Sweep) -> tuple[Trials, ImageRecipe]:
+    """Make what all trials share; gives what they are told, and the recipe of the run with its K and prior."""
+    # How much each trial takes is nothing to the stages that all of them share.
+    science_of_trials = {key: value for key, value in sweep.trial.items() if not key.startswith("scale.")}
+    first_key = min(sweep.space, key=lambda key: (STAGES.index(stage_of(key)), not key.startswith("pretrain.")))
+    shared = replace(pipeline, recipe=recipe_with(pipeline.recipe, science_of_trials))
+    shared = shared.make_shared(first_key, neighbors=_need_neighbors(pipeline.recipe, sweep))
+    settled = _settled(pipeline.recipe, shared.recipe)
+    trial = trial_recipe(shared.recipe, sweep, {})
+    light = is_light(sweep, trial)
+    judge = Judge(sweep, settled, _num_concurrent(trial.scale, sweep, light=light))
+    silent = replace(shared, reporter=SilentReporter())
+    return Trials(silent, sweep, judge, pipeline.run.progress("sweep"), light), settled
+
+
+def _need_neighbors(recipe: ImageRecipe, sweep: Sweep) -> bool:
+    chooses_reliable = sweep.judged_by == "joint" and recipe.reliable.labels is None
+    return chooses_reliable or sweep.needs_neighbors
 
 
 def _settled(recipe: ImageRecipe, found: ImageRecipe) -> ImageRecipe:
@@ -119,7 +139,7 @@ def most_neighbors(recipe: ImageRecipe, sweep: Sweep) -> int:
     return max([WIDEST, *(count for count in counts if isinstance(count, int))])
 
 
-def _make_parents(trials: Trials, pipeline: ImagePipeline, *, light: bool) -> dict[str, str]:
+def _make_parents(trials: Trials, pipeline: ImagePipeline) -> dict[str, str]:
     """Make every stage that several trials begin with once; gives why some could not be made."""
     sweep = trials.sweep
     values = sweep.trials(pipeline.recipe.seed)
@@ -130,10 +150,13 @@ def _make_parents(trials: Trials, pipeline: ImagePipeline, *, light: bool) -> di
     for stage in STAGES[:judged]:
         parents = _distinct(values, stage)
         following = _distinct(values, STAGES[STAGES.index(stage) + 1])
-        is_needed = len(parents) < len(following) or (light and stage == "heads")
+        is_needed = len(parents) < len(following) or (trials.light and stage == "heads")
         if not is_needed or parents == [{}]:
             continue
-        title = "stages 1" if stage == "encoder" else "stages 1 and 2"
+        # What began with a parent that could not be made cannot be made either.
+        failed |= {_key(of, stage): failed[_key(of, "encoder")] for of in parents if _key(of, "encoder") in failed}
+        parents = [of for of in parents if _key(of, stage) not in failed]
+        title = "stage 1" if stage == "encoder" else "stages 1 and 2"
         progress = pipeline.run.progress(f"parents-{stage}")
         with pipeline.reporter.stage(f"{title} of the trials", "of them") as show:
             tell = ProgressWriter(progress, "all").write
@@ -157,8 +180,9 @@ def _key(values: Values, stage: Stage) -> str:
 
 def _make_all(trials: Trials, stage: Stage, parents: list[Values], tell: Callable[[int, int], None]) -> dict[str, str]:
     """Make the parents, as many at once as the cluster has room for; gives why some could not be made."""
-    most = _num_concurrent(trial_recipe(trials.pipeline.recipe, trials.sweep, {}).scale, light=False)
-    make = ray.remote(_make_parent).options(num_cpus=_OF_NESTED, max_retries=_RETRIES)
+    scale = trial_recipe(trials.pipeline.recipe, trials.sweep, {}).scale
+    most = _num_concurrent(scale, trials.sweep, light=False)
+    make = ray.remote(_make_parent).options(num_cpus=0, max_retries=_RETRIES)
     shared = ray.put(trials)
     waiting, running, failed = list(parents), dict[Any, Values](), dict[str, str]()
     tell(0, len(parents))
@@ -177,7 +201,8 @@ def _make_all(trials: Trials, stage: Stage, parents: list[Values], tell: Callabl
 
 
 def _make_parent(trials: Trials, stage: Stage, values: Values) -> None:
-    trials.of(values, light=False).make_through(stage)
+    neighbors = _need_neighbors(trials.pipeline.recipe, trials.sweep)
+    trials.of(values, light=False).make_through(stage, neighbors=neighbors)
 
 
 def _sentence(error: BaseException) -> str:
@@ -187,18 +212,18 @@ def _sentence(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _fit(trials: Trials, folder: Path, failed: dict[str, str], *, light: bool) -> ray.tune.ResultGrid:
+def _fit(trials: Trials, folder: Path, failed: dict[str, str]) -> ray.tune.ResultGrid:
     sweep, recipe = trials.sweep, trials.pipeline.recipe
     scale = trial_recipe(recipe, sweep, {}).scale
-    resources: dict[str, float] = {"CPU": scale.cpus_per_worker if light else _OF_NESTED}
-    if light and scale.gpus_per_worker:
+    resources: dict[str, float] = {"CPU": scale.cpus_per_worker if trials.light else _OF_NESTED}
+    if trials.light and scale.gpus_per_worker:
         resources["GPU"] = scale.gpus_per_worker
-    ProgressWriter(trials.progress, "all").write(0, sweep.num_trials)
-    trainable = ray.tune.with_parameters(_trial, trials=trials, failed=failed, light=light)
+    trainable = ray.tune.with_parameters(_trial, trials=trials, failed=failed)
     stopping = sweep.early_stopping
     # The bound of TuneConfig is ignored beside a search, and more trials than that would wait for each other for ever.
     most = trials.judge.num_sharing
     values = sweep.trials(recipe.seed)
+    ProgressWriter(trials.progress, "all").write(0, len(values) if values is not None else sweep.samples or 0)
     if values is None:
         space: dict[str, Any] = {key: _domain(tried) for key, tried in sweep.space.items()}
         search = ConcurrencyLimiter(_tpe(recipe.seed), max_concurrent=most)
@@ -211,15 +236,15 @@ def _fit(trials: Trials, folder: Path, failed: dict[str, str], *, light: bool) -
         tune_config=ray.tune.TuneConfig(
             metric="objective",
             mode="min",
-            num_samples=sweep.num_trials if values is None else 1,
+            num_samples=1 if values is not None else sweep.samples or 1,
             search_alg=search,
             scheduler=None
             if stopping is None
             else ray.tune.schedulers.ASHAScheduler(
-                max_t=stopping.looks, grace_period=1, reduction_factor=stopping.factor
+                time_attr="look", max_t=stopping.looks, grace_period=1, reduction_factor=stopping.factor
             ),
-            # A process that has Torch loaded takes the next trial.
-            reuse_actors=True,
+            # A process that has Torch loaded takes the next trial; one that is told to stop may not be ready for it.
+            reuse_actors=stopping is None,
         ),
         run_config=ray.tune.RunConfig(
             name="tune",
@@ -251,53 +276,67 @@ def _values_of(config: dict[str, Any], sweep: Sweep) -> Values:
     return {key: tried.snap(config[key]) if isinstance(tried, Range) else config[key] for key, tried in spaces}
 
 
-def _num_concurrent(scale: Any, *, light: bool) -> int:
-    """How many trials the cluster holds at once, with a CPU for the tasks that read data: of each, where it has pools.
+def _num_concurrent(scale: Scale, sweep: Sweep, *, light: bool) -> int:
+    """How many trials the cluster holds at once, with room for the tasks that read data.
 
     Ray would start more, and each would wait for processors that the others hold.
     """
-    held = room(scale.cpus_per_worker, scale.gpus_per_worker)
-    if light:
-        return max(1, held)
-    each = scale.least_workers * scale.cpus_per_worker + 1 + 2 * _OF_NESTED
-    return max(1, min(held // scale.least_workers, int(ray.cluster_resources()["CPU"] / each)))
+    most = math.inf if sweep.concurrent is None else sweep.concurrent
+    held: float = room(scale.cpus_per_worker, scale.gpus_per_worker)
+    if not light:
+        resources = ray.cluster_resources()
+        each = scale.least_workers * scale.cpus_per_worker + CPUS_OF_READER + _OF_NESTED
+        held = min(held // scale.least_workers, resources["CPU"] // each)
+        if scale.head_gpus:
+            held = min(held, resources.get("GPU", 0) // (scale.head_gpus * scale.least_workers))
+    return int(max(1, min(held, most)))
 
 
-def _trial(config: dict[str, Any], *, trials: Trials, failed: dict[str, str], light: bool) -> None:
+def _trial(config: dict[str, Any], *, trials: Trials, failed: dict[str, str]) -> None:
     """One trial, as Ray Tune runs it."""
-    start = time.monotonic()
+    start, name = time.monotonic(), ray.tune.get_context().get_trial_id()
     values = _values_of(config, trials.sweep)
+    stopping = trials.sweep.early_stopping
     try:
         for stage in STAGES:
             if _key(values, stage) in failed:
                 raise TrainingError(failed[_key(values, stage)])
-        found = _found_here(trials, values) if light else ray.get(_apart(_found_nested).remote(trials, values))
+        found = (
+            _found_here(trials, values, name)
+            if trials.light
+            else ray.get(_apart(_found_nested).remote(trials, values, name))
+        )
         metrics: dict[str, Any] = {**found._asdict(), "used": json.dumps(found.used)}
     except (SpiceError, ray.exceptions.RayError) as error:
         ours = find_spice_error(error)
         if ours is None:
             raise
         metrics = {"objective": float("inf"), "num_reliable": 0, "note": str(ours), "used": "[]"}
-    ProgressWriter(trials.progress, f"trial-{ray.tune.get_context().get_trial_id()}").write(1, 0)
-    ray.tune.report({**metrics, "trial_seconds": time.monotonic() - start})
+    ProgressWriter(trials.progress, f"trial-{name}").write(1, 0)
+    last = 1 if stopping is None else stopping.looks
+    ray.tune.report({**metrics, "look": last, "trial_seconds": time.monotonic() - start})
 
 
-def _found_here(trials: Trials, values: Values) -> Found:
+def _found_here(trials: Trials, values: Values, name: str) -> Found:
     """A trial that trains in this process."""
-    pipeline = trials.of(values, light=True)
+    pipeline = trials.of(values, light=True, trial=name)
     torch.set_num_threads(pipeline.recipe.scale.cpus_per_worker)
-    return run_trial(pipeline, trials.judge, lambda objective: ray.tune.report({"objective": objective}))
+
+    def tell(look: int, objective: float) -> None:
+        ray.tune.report({"look": look, "objective": objective})
+
+    return run_trial(pipeline, trials.judge, tell)
 
 
-def _found_nested(trials: Trials, values: Values) -> Found:
+def _found_nested(trials: Trials, values: Values, name: str) -> Found:
     """A trial whose stages start processes of their own; nobody looks at it before its end."""
-    return run_trial(trials.of(values, light=False), trials.judge, lambda objective: None)
+    return run_trial(trials.of(values, light=False, trial=name), trials.judge, None)
 
 
 def _apart(function: Callable[..., Any]) -> Any:
     """A task outside of the trial's placement group, to whose room Ray would hold all that the task starts."""
     strategy = PlacementGroupSchedulingStrategy(placement_group=None)
-    return ray.remote(function).options(num_cpus=_OF_NESTED, max_retries=_RETRIES, scheduling_strategy=strategy)
+    return ray.remote(function).options(num_cpus=0, max_retries=_RETRIES, scheduling_strategy=strategy)
 
 
 def _finish_winner(pipeline: ImagePipeline, winner: ImageRecipe, folder: Path) -> None:
@@ -306,5 +345,7 @@ def _finish_winner(pipeline: ImagePipeline, winner: ImageRecipe, folder: Path) -
     record = read_json(pipeline.run.path / "run.json")
     root = os.path.relpath(pipeline.run.artifacts, folder)
     write_json(folder / "run.json", {**record, "recipe": science(winner), "artifacts_root": root})
-    shutil.copyfile(pipeline.run.path / "timing.json", folder / "timing.json")
+    timing = pipeline.run.path / "timing.json"
+    if timing.exists():
+        shutil.copyfile(timing, folder / "timing.json")
     replace(pipeline, recipe=winner, run=RunFolder(folder, pipeline.run.artifacts)).finish()

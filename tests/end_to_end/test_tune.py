@@ -1,17 +1,25 @@
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 import yaml
 
 from spice_ray import workflow
+from spice_ray.contracts import ShardFile
 from spice_ray.evaluate import evaluate
+from spice_ray.readers.parts import format_of, images_of, read_part
 from spice_ray.recipe import check_recipe
 from spice_ray.runtime.progress import SilentReporter
-from spice_ray.storage import read_json
+from spice_ray.runtime.weights import load_joint
+from spice_ray.runtime.workers import augmentation_of
+from spice_ray.stages.assign import predict
+from spice_ray.storage import Artifact, open_artifact, read_json
 from spice_ray.sweep import Sweep
 from tests.end_to_end.small_runs import Corpus, small_recipe
 
@@ -93,6 +101,57 @@ def test_trials_over_two_stages_share_what_they_have_in_common(copied: Path, cor
     assert all(row.computed == 0 for row in again.reuse)
 
 
+def test_a_sweep_of_shards_elsewhere_into_a_new_folder_judged_by_neighbours(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (shards,) = (finished / "artifacts").glob("shards-*")
+    prepared = workflow.prepare(small_recipe(), str(shards.parent), run)
+    # Stages 1 and 2 are those of the finished run.
+    shutil.copytree(finished / "artifacts", run / "artifacts", ignore=shutil.ignore_patterns("shards-*", "labels-*"))
+    sweep = Sweep(
+        recipe="digits",
+        space={"joint.lr": [0.001, 0.1]},
+        trial={"joint.steps": 20},
+        objective="neighbor_disagreement",
+    )
+    result = workflow.sweep(prepared, sweep, "near", SilentReporter())
+    folder = run / "sweeps" / "near"
+    # Of the better trial, the 20 nearest in the frozen embedding by hand.
+    names = result.rows[0]["used"]
+    joint, embedding = (
+        open_artifact(run / "artifacts", kind, print_of(names, kind)) for kind in ("joint", "embedding")
+    )
+    assert joint is not None
+    assert embedding is not None
+    rows = np.load(embedding.file("embedding.npy"))
+    similarity = rows.astype(np.float64) @ rows.T.astype(np.float64)
+    np.fill_diagonal(similarity, -np.inf)
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :20]
+    tables = [read_part(shards, file, format_of(read_json(shards / "manifest.json"))) for file in parts_of(shards)]
+    images = torch.from_numpy(np.concatenate([images_of(table, 16) for table in tables]))
+    with torch.inference_mode():
+        labels = (
+            predict(load_joint(joint).eval(), images, augmentation_of(small_recipe().image)).logits.argmax(1).numpy()
+        )
+    sizes = np.sort(np.bincount(labels, minlength=10)) / len(labels)
+    expected = (labels[nearest] != labels[:, None]).mean() + np.abs(sizes - 0.1).sum() / 2
+    assert result.rows[0]["objective"] == pytest.approx(expected, abs=2e-3)  # neighbours equally near may differ
+    assert result.rows[0]["objective"] < result.rows[1]["objective"]
+    assert (folder / "report.html").is_file()
+    assert pq.read_table(folder / "assignments.parquet").num_rows == 600
+
+
+def artifact_of(run: Path, names: list[str], kind: str) -> Artifact:
+    print_ = next(name.partition("-")[2] for name in names if name.startswith(f"{kind}-"))
+    found = open_artifact(run / "artifacts", kind, print_)
+    assert found is not None
+    return found
+
+
+def parts_of(shards: Path) -> list[ShardFile]:
+    files = read_json(shards / "manifest.json")["files"]
+    return [ShardFile(file["name"], 0, file["rows"], file["rows"], file["crc32"]) for file in files if file["rows"]]
+
+
 def test_trials_of_stage_1_train_under_ray_train_and_are_judged_by_their_heads(copied: Path, corpus: Corpus) -> None:
     before = kinds(copied / "artifacts")
     prepared = workflow.prepare(small_recipe(), str(corpus.parquet), copied)
@@ -136,6 +195,7 @@ def test_a_search_that_learns_draws_from_ranges_and_stops_bad_trials(copied: Pat
         space={"joint.lr": [0.003, 0.002, 0.3, 0.4]},
         trial={"joint.steps": 60},
         early_stopping={"looks": 2},
+        concurrent=1,  # the first to be looked at is never stopped
     )
     rows = workflow.sweep(prepared, stopping, "stopping", SilentReporter()).rows
     stopped = {row["values"]["joint.lr"] for row in rows if row["note"] == "stopped early"}

@@ -9,7 +9,7 @@ from spice_ray.config import ImageRecipe
 from spice_ray.recipe import load_recipe
 from spice_ray.run_folder import RunFolder
 from spice_ray.runtime.neighbors import WIDEST
-from spice_ray.runtime.trials_table import Reuse, reuse_of, row_of, write_trials
+from spice_ray.runtime.sweep_table import Reuse, reuse_of, row_of, write_trials
 from spice_ray.runtime.tune import most_neighbors
 from spice_ray.sweep import Sweep
 
@@ -32,6 +32,12 @@ def test_a_row_holds_values_as_the_recipe_reads_them() -> None:
     assert row["values"] == {"joint.lr": 0.001, "reliable.neighbors": 10}
     assert (row["objective"], row["reliable"], row["seconds"]) == (1.5, 7, 2.0)
     assert row["used"] == ["heads-a", "joint-b"]
+
+
+def test_a_trial_that_was_refused_has_its_values_as_they_were_given() -> None:
+    refused = {"joint.labelled_batch": 59}
+    row = row_of({"objective": math.inf, "trial_seconds": 0.1, "note": "does not divide"}, None, refused, digits())
+    assert (row["values"], row["objective"], row["note"]) == (refused, None, "does not divide")
 
 
 @pytest.mark.parametrize("objective", [math.nan, math.inf])

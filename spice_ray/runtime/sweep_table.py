@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spice_ray.config import ImageRecipe
+from spice_ray.errors import ConfigError
 from spice_ray.run_folder import RunFolder
 from spice_ray.sweep import Sweep, Values, recipe_with
 
@@ -64,12 +65,10 @@ def row_of(metrics: dict[str, Any] | None, error: Any, values: Values, recipe: I
     is_over = "trial_seconds" in metrics
     if objective is not None and not math.isfinite(objective):
         objective = None
-    trial = recipe_with(recipe, values).model_dump(mode="json")
     said = str(error).strip().splitlines()[-1] if error else ""
     stopped = "" if is_over or objective is None else "stopped early"
     return {
-        # As the recipe reads them: YAML takes 1e-3 for text.
-        "values": {key: trial[key.partition(".")[0]][key.partition(".")[2]] for key in values},
+        "values": _as_read(values, recipe),
         "objective": objective if is_over else None,
         "reliable": int(metrics.get("num_reliable", 0)),
         "seconds": float(metrics.get("trial_seconds", metrics.get("time_total_s", 0.0))),
@@ -77,6 +76,15 @@ def row_of(metrics: dict[str, Any] | None, error: Any, values: Values, recipe: I
         "last_look": None if is_over else objective,
         "used": json.loads(metrics.get("used", "[]")),
     }
+
+
+def _as_read(values: Values, recipe: ImageRecipe) -> Values:
+    """Values as the recipe reads them: YAML takes 1e-3 for text. Those of a trial that was refused stay as they are."""
+    try:
+        trial = recipe_with(recipe, values).model_dump(mode="json")
+    except ConfigError:
+        return values
+    return {key: trial[key.partition(".")[0]][key.partition(".")[2]] for key in values}
 
 
 def write_trials(file: Path, rows: list[dict[str, Any]], sweep: Sweep) -> None:
