@@ -117,11 +117,7 @@ def test_a_sweep_of_shards_elsewhere_into_a_new_folder_judged_by_neighbours(fini
     folder = run / "sweeps" / "near"
     # Of the better trial, the 20 nearest in the frozen embedding by hand.
     names = result.rows[0]["used"]
-    joint, embedding = (
-        open_artifact(run / "artifacts", kind, print_of(names, kind)) for kind in ("joint", "embedding")
-    )
-    assert joint is not None
-    assert embedding is not None
+    joint, embedding = (artifact_of(run, names, kind) for kind in ("joint", "embedding"))
     rows = np.load(embedding.file("embedding.npy"))
     similarity = rows.astype(np.float64) @ rows.T.astype(np.float64)
     np.fill_diagonal(similarity, -np.inf)
@@ -152,6 +148,7 @@ def parts_of(shards: Path) -> list[ShardFile]:
     return [ShardFile(file["name"], 0, file["rows"], file["rows"], file["crc32"]) for file in files if file["rows"]]
 
 
+@pytest.mark.faults
 def test_trials_of_stage_1_train_under_ray_train_and_are_judged_by_their_heads(copied: Path, corpus: Corpus) -> None:
     before = kinds(copied / "artifacts")
     prepared = workflow.prepare(small_recipe(), str(corpus.parquet), copied)
@@ -179,11 +176,11 @@ def test_a_search_that_learns_draws_from_ranges_and_stops_bad_trials(copied: Pat
         recipe="digits",
         space={"joint.confidence": {"uniform": [0.5, 0.95], "step": 0.05}, "joint.lr": {"log_uniform": [1e-3, 1e-2]}},
         search="tpe",
-        samples=3,
-        trial={"joint.steps": 30},
+        samples=2,
+        trial={"joint.steps": 20},
     )
     rows = workflow.sweep(prepared, sweep, "tpe", SilentReporter()).rows
-    assert len(rows) == 3
+    assert len(rows) == 2
     for row in rows:
         confidence = row["values"]["joint.confidence"]
         assert confidence in [round(0.5 + 0.05 * step, 2) for step in range(10)]
@@ -192,7 +189,7 @@ def test_a_search_that_learns_draws_from_ranges_and_stops_bad_trials(copied: Pat
 
     stopping = Sweep(
         recipe="digits",
-        space={"joint.lr": [0.003, 0.002, 0.3, 0.4]},
+        space={"joint.lr": [0.003, 0.3, 0.4]},
         trial={"joint.steps": 60},
         early_stopping={"looks": 2},
         concurrent=1,  # the first to be looked at is never stopped
@@ -200,7 +197,7 @@ def test_a_search_that_learns_draws_from_ranges_and_stops_bad_trials(copied: Pat
     rows = workflow.sweep(prepared, stopping, "stopping", SilentReporter()).rows
     stopped = {row["values"]["joint.lr"] for row in rows if row["note"] == "stopped early"}
     assert {0.3, 0.4} <= stopped
-    assert rows[0]["values"]["joint.lr"] in (0.003, 0.002)
+    assert rows[0]["values"]["joint.lr"] == 0.003
     table = pq.read_table(copied / "sweeps" / "stopping" / "trials.parquet").to_pylist()
     assert all((row["objective"] is None) == (row["joint.lr"] in stopped) for row in table)
     assert all((row["last_look"] is None) == (row["joint.lr"] not in stopped) for row in table)
