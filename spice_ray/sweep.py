@@ -117,7 +117,7 @@ class EarlyStopping(Settings):
 
     looks: Annotated[int, Field(ge=2, le=20)] = 4
     """How often each trial is judged, at equal distances; the last time at its end."""
-    factor: Annotated[int, Field(ge=2)] = 2
+    factor: Annotated[int, Field(ge=2, le=20)] = 2
     """f: one of so many trials goes on behind the looks 1, f, f^2, ..."""
 
 
@@ -196,9 +196,27 @@ class Sweep(Settings):
         )
         return list({json.dumps(values): values for values in found}.values())
 
+    def num_trials(self, seed: int) -> int:
+        """How many there are."""
+        found = self.trials(seed)
+        return self.samples or 1 if found is None else len(found)
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether trials may have equal settings: those of a search that learns, unless a number is any in a range."""
+        ranges = [tried for tried in self.space.values() if isinstance(tried, Range)]
+        return self.search == "tpe" and all(tried.step is not None or tried.are_whole for tried in ranges)
+
+    def is_shared(self, key: str) -> bool:
+        """Whether a setting of all trials is one of the stages that come before the first which they vary."""
+        return not key.startswith("scale.") and STAGES.index(stage_of(key)) < STAGES.index(self.first_stage)
+
     def examples(self, seed: int) -> Iterator[Values]:
         """Trials at the corners of the space, and those that are known already."""
-        return itertools.chain(itertools.islice(self._grid(), _MOST_TRIALS_CHECKED), self.trials(seed) or [])
+        known = self.trials(seed) or []
+        return itertools.chain(
+            known if self.search == "grid" else itertools.islice(self._grid(), _MOST_TRIALS_CHECKED), known
+        )
 
     def _grid(self) -> Iterator[Values]:
         lists = [list(values.bounds) if isinstance(values, Range) else values for values in self.space.values()]
@@ -257,9 +275,8 @@ def _check_number(sweep: Sweep) -> None:
     sizes = [len(values) for values in sweep.space.values() if not isinstance(values, Range)]
     number = math.prod(sizes) if sweep.samples is None else sweep.samples
     if number > _MOST_TRIALS:
-        raise ConfigError(
-            f"the sweep has {number} trials, and {_MOST_TRIALS} are the most; list fewer values, or use search: random"
-        )
+        remedy = "list fewer values, or use search: random" if sweep.samples is None else "lower samples"
+        raise ConfigError(f"the sweep has {number} trials, and {_MOST_TRIALS} are the most; {remedy}")
 
 
 def _check_labels(recipe: ImageRecipe, sweep: Sweep) -> None:
@@ -268,8 +285,18 @@ def _check_labels(recipe: ImageRecipe, sweep: Sweep) -> None:
         raise ConfigError(
             f"{idle[0]} cannot be swept with pretrain.weights, beside which it has no effect; leave one of them out"
         )
+    if idle and "heads.views" in sweep.space:
+        raise ConfigError(
+            f"{idle[0]} and heads.views cannot be swept together: trials with the same encoder would each train it; "
+            "sweep one after the other"
+        )
     if recipe.reliable.labels is None:
         return
+    if "joint.init" in sweep.trial:
+        raise ConfigError(
+            "trial: joint.init cannot be given with reliable.labels, as it says which stages there are; give it to the "
+            "recipe"
+        )
     if recipe.is_supervised and sweep.needs_neighbors:
         raise ConfigError(
             "objective=neighbor_disagreement needs an embedding, which reliable.labels with joint.init=scratch leaves "
@@ -310,6 +337,11 @@ def trial_recipe(recipe: ImageRecipe, sweep: Sweep, values: Values) -> ImageReci
         ConfigError: A value is out of its range.
     """
     return recipe_with(recipe, {**sweep.trial, **values})
+
+
+def any_trial(recipe: ImageRecipe, sweep: Sweep) -> ImageRecipe:
+    """The recipe of one of the trials: whether they are light and how much they take is the same in all."""
+    return trial_recipe(recipe, sweep, next(sweep.examples(recipe.seed)))
 
 
 def recipe_with(recipe: ImageRecipe, values: Values) -> ImageRecipe:

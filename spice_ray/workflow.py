@@ -33,7 +33,7 @@ from spice_ray.runtime.cluster import check_cluster, check_local_cpus, connected
 from spice_ray.runtime.progress import Reporter
 from spice_ray.shards import check_form, check_kind, check_shards, find_shards
 from spice_ray.storage import Artifact, open_artifact, reporting_disk_errors
-from spice_ray.sweep import Sweep, check_trials, refuse_sweep, trial_recipe
+from spice_ray.sweep import Sweep, any_trial, check_trials, refuse_sweep
 from spice_ray.sweep_report import write_sweep_report
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def prepare(
     if trials is not None:
         check_trials(recipe, trials)
         assert isinstance(recipe, ImageRecipe)  # of other recipes no sweep passes
-        check_local_cpus(trial_recipe(recipe, trials, {}).scale)
+        check_local_cpus(any_trial(recipe, trials).scale)
     # Workers have working directories of their own.
     path, out = Path(os.path.abspath(data)), Path(os.path.abspath(out))
     if data != "digits" and _holds_shards(path):
@@ -162,8 +162,8 @@ def sweep(
         SpiceError: As :func:`run`.
     """
     assert isinstance(prepared.recipe, ImageRecipe)  # of other recipes prepare refuses a sweep
-    trial = trial_recipe(prepared.recipe, settings, {}).scale
-    workers = trial.least_workers * (settings.concurrent or 1)
+    trial = any_trial(prepared.recipe, settings).scale
+    workers = trial.least_workers * min(settings.concurrent or 1, settings.num_trials(prepared.recipe.seed))
     with connected(prepared.recipe.scale, verbose=verbose), grown(trial, workers):
         from spice_ray.runtime.image_pipeline import ImagePipeline
         from spice_ray.runtime.tune import run_sweep
@@ -257,7 +257,7 @@ def _finished_model(run: Path, overrides: list[str]) -> tuple[Recipe, Artifact]:
     # Lanes, by which a recipe holds its workers, are of no account here.
     recipe = check_recipe(record["recipe"]).model_copy(update={"scale": check_scale(settings.get("scale", {}))})
     kind = JOINT if isinstance(recipe, ImageRecipe) else HEADS
-    root = run / record["artifacts_root"]
+    root = Path(os.path.abspath(run)) / record["artifacts_root"]  # workers have working directories of their own
     model = open_artifact(root, kind, record["artifacts"][kind])
     if model is None:
         raise DataError(f"{root} lacks {kind}-{record['artifacts'][kind]}; run the same command again to make it")

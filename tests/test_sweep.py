@@ -9,7 +9,7 @@ import yaml
 from spice_ray.config import ImageRecipe
 from spice_ray.errors import ConfigError
 from spice_ray.recipe import load_recipe
-from spice_ray.sweep import Range, Sweep, check_trials, is_light, load_sweep, trial_recipe
+from spice_ray.sweep import Range, Sweep, any_trial, check_trials, is_light, load_sweep, trial_recipe
 
 
 def sweep_file(folder: Path, space: dict[str, Any], **more: Any) -> str:
@@ -247,6 +247,39 @@ def test_what_has_no_effect_or_no_end_is_refused(tmp_path: Path) -> None:
     vast = {key: [n / 1000 for n in range(400)] for key in ("joint.confidence", "joint.ema")}
     with pytest.raises(ConfigError, match=r"the sweep has 160000 trials, and 100000 are the most"):
         check_trials(digits(), load_sweep(sweep_file(tmp_path, vast)))
+
+
+def test_settings_that_only_fit_with_those_of_their_trial_are_taken(tmp_path: Path) -> None:
+    # Without joint.lanes of the space, the batch of all trials would fit no lanes.
+    sweep = load_sweep(sweep_file(tmp_path, {"joint.lanes": [1, 2]}, trial={"joint.labelled_batch": 30}))
+    with pytest.raises(ConfigError, match=r"joint\.lanes=4 does not divide"):
+        trial_recipe(digits(), sweep, {})
+    assert any_trial(digits(), sweep).joint.lanes == 1
+    check_trials(digits(), sweep)
+
+
+def test_what_trials_would_make_several_times_is_refused(tmp_path: Path) -> None:
+    both = {"pretrain.temperature": [0.1, 0.2], "heads.views": [2, 4]}
+    with pytest.raises(ConfigError, match=r"pretrain\.temperature and heads\.views cannot be swept together"):
+        check_trials(digits(), load_sweep(sweep_file(tmp_path, both)))
+    given = digits("reliable.labels=a.parquet")
+    with pytest.raises(ConfigError, match=r"joint\.init cannot be given with reliable\.labels"):
+        check_trials(given, load_sweep(sweep_file(tmp_path, {"joint.ema": [0.9]}, trial={"joint.init": "scratch"})))
+
+
+def test_only_trials_that_may_be_equal_need_names() -> None:
+    def may_repeat(search: str, tried: Any) -> bool:
+        space = {"joint.confidence": tried, "reliable.neighbors": [10, 20]}
+        samples = None if search == "grid" else 3
+        return Sweep.model_validate(
+            {"recipe": "digits", "space": space, "search": search, "samples": samples}
+        ).may_repeat
+
+    assert may_repeat("tpe", [0.5, 0.9])
+    assert may_repeat("tpe", {"uniform": [0.5, 0.9], "step": 0.1})
+    assert not may_repeat("tpe", {"uniform": [0.5, 0.9]})
+    assert not may_repeat("grid", [0.5, 0.9])
+    assert not may_repeat("random", [0.5, 0.9])
 
 
 def test_trials_that_are_judged_once_cannot_stop_early(tmp_path: Path) -> None:

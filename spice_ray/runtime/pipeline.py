@@ -52,6 +52,8 @@ class Pipeline(ABC):
     reporter: Reporter
     most_neighbors: int = field(default=WIDEST, kw_only=True)
     """Neighbours that are looked for where reliable labels ask no more: as many as any trial of a sweep asks."""
+    left_out: frozenset[str] | None = field(default=None, kw_only=True)
+    """Damaged shard files, where somebody has looked for them already."""
 
     def __post_init__(self) -> None:
         """Refuse shards that the recipe does not fit.
@@ -79,7 +81,11 @@ class Pipeline(ABC):
     @cached_property
     def damaged(self) -> frozenset[str]:
         """Shard files that are left out; only looked for where that is allowed, as every file is read for it."""
-        return find_left_out(self.shards_artifact, self.recipe.scale, self.reporter)
+        return (
+            self.left_out
+            if self.left_out is not None
+            else find_left_out(self.shards_artifact, self.recipe.scale, self.reporter)
+        )
 
     @cached_property
     def all_shards(self) -> Shards:

@@ -28,7 +28,10 @@ def publish_predicted(root: Path, recipe: Recipe, model: Artifact, shards: Shard
         shards: The new images, or embeddings of the same model.
         report: Hears how many rows of how many are done.
     """
-    print_ = fingerprint(PREDICTED, {"shards": shards.path.name}, [model.fingerprint])
+    settings: dict[str, Any] = {"shards": shards.path.name}
+    if shards.damaged:
+        settings["damaged"] = sorted(shards.damaged)
+    print_ = fingerprint(PREDICTED, settings, [model.fingerprint])
     found = open_artifact(root, PREDICTED, print_)
     if found is not None:
         return found

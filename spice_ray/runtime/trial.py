@@ -245,5 +245,5 @@ def nested(recipe: ImageRecipe) -> ImageRecipe:
     ever. The bank is mapped, so that trials with the same embedding hold it once and the object store not at all.
     """
     most = recipe.scale.least_workers
-    own = {"head_actors": min(recipe.scale.head_actors or most, most), "bank_memory": 0}
+    own = {"workers": most, "head_actors": min(recipe.scale.head_actors or most, most), "bank_memory": 0}
     return recipe.model_copy(update={"scale": recipe.scale.model_copy(update=own)})

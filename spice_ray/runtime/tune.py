@@ -30,7 +30,18 @@ from spice_ray.runtime.reading import CPUS_OF_READER
 from spice_ray.runtime.sweep_table import Reuse, reuse_of, row_of, write_trials
 from spice_ray.runtime.trial import Found, Judge, nested, run_trial
 from spice_ray.storage import read_json, write_json
-from spice_ray.sweep import STAGES, Range, Stage, Sweep, Values, is_light, recipe_with, stage_of, trial_recipe
+from spice_ray.sweep import (
+    STAGES,
+    Range,
+    Stage,
+    Sweep,
+    Values,
+    any_trial,
+    is_light,
+    recipe_with,
+    stage_of,
+    trial_recipe,
+)
 
 _OF_NESTED = 0.1
 """CPUs of a trial that waits for processes of its own."""
@@ -62,10 +73,10 @@ class Trials:
     def of(self, values: Values, *, light: bool, trial: str = "") -> ImagePipeline:
         """The pipeline of one trial; its folder is named by its settings, so that a sweep goes on where it stopped.
 
-        Trials that may have equal settings, those of a search that learns, have a folder each, by their name.
+        Trials that may have equal settings have a folder each, by their name.
         """
         recipe = trial_recipe(self.pipeline.recipe, self.sweep, values)
-        own = trial if self.sweep.search == "tpe" else ""
+        own = trial if self.sweep.may_repeat else ""
         settings = json.dumps([{**self.sweep.trial, **values}, own], sort_keys=True)
         name = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
         run = RunFolder(self.pipeline.run.path / "sweeps" / ".trials" / name, self.pipeline.run.artifacts)
@@ -83,7 +94,7 @@ def run_sweep(pipeline: ImagePipeline, sweep: Sweep, name: str) -> SweepResult:
     folder.mkdir(parents=True, exist_ok=True)
     pipeline.run.artifacts.mkdir(exist_ok=True)  # shards that are given lie elsewhere
     before = {found.name for found in pipeline.run.artifacts.iterdir()}
-    pipeline = replace(pipeline, most_neighbors=most_neighbors(pipeline.recipe, sweep))
+    pipeline = replace(pipeline, most_neighbors=most_neighbors(pipeline.recipe, sweep), left_out=pipeline.damaged)
     trials, settled = _prepare(pipeline, sweep)
     failed = _make_parents(trials, pipeline)
     with pipeline.reporter.stage("sweep", "trials") as show:
@@ -104,13 +115,13 @@ def run_sweep(pipeline: ImagePipeline, sweep: Sweep, name: str) -> SweepResult:
 
 def _prepare(pipeline: ImagePipeline, sweep: Sweep) -> tuple[Trials, ImageRecipe]:
     """Make what all trials share; gives what they are told, and the recipe of the run with its K and prior."""
-    # How much each trial takes is nothing to the stages that all of them share.
-    science_of_trials = {key: value for key, value in sweep.trial.items() if not key.startswith("scale.")}
     first_key = min(sweep.space, key=lambda key: (STAGES.index(stage_of(key)), not key.startswith("pretrain.")))
-    shared = replace(pipeline, recipe=recipe_with(pipeline.recipe, science_of_trials))
+    # What all of them share is made as the recipe says, however little of a processor a trial has.
+    of_shared = {key: value for key, value in sweep.trial.items() if sweep.is_shared(key)}
+    shared = replace(pipeline, recipe=recipe_with(pipeline.recipe, of_shared))
     shared = shared.make_shared(first_key, neighbors=_need_neighbors(pipeline.recipe, sweep))
     settled = _settled(pipeline.recipe, shared.recipe)
-    trial = trial_recipe(shared.recipe, sweep, {})
+    trial = any_trial(shared.recipe, sweep)
     light = is_light(sweep, trial)
     judge = Judge(sweep, settled, _num_concurrent(trial.scale, sweep, light=light))
     silent = replace(shared, reporter=SilentReporter())
@@ -180,7 +191,7 @@ def _key(values: Values, stage: Stage) -> str:
 
 def _make_all(trials: Trials, stage: Stage, parents: list[Values], tell: Callable[[int, int], None]) -> dict[str, str]:
     """Make the parents, as many at once as the cluster has room for; gives why some could not be made."""
-    scale = trial_recipe(trials.pipeline.recipe, trials.sweep, {}).scale
+    scale = any_trial(trials.pipeline.recipe, trials.sweep).scale
     most = _num_concurrent(scale, trials.sweep, light=False)
     make = ray.remote(_make_parent).options(num_cpus=0, max_retries=_RETRIES)
     shared = ray.put(trials)
@@ -214,7 +225,7 @@ def _sentence(error: BaseException) -> str:
 
 def _fit(trials: Trials, folder: Path, failed: dict[str, str]) -> ray.tune.ResultGrid:
     sweep, recipe = trials.sweep, trials.pipeline.recipe
-    scale = trial_recipe(recipe, sweep, {}).scale
+    scale = any_trial(recipe, sweep).scale
     resources: dict[str, float] = {"CPU": scale.cpus_per_worker if trials.light else _OF_NESTED}
     if trials.light and scale.gpus_per_worker:
         resources["GPU"] = scale.gpus_per_worker
@@ -298,6 +309,7 @@ def _trial(config: dict[str, Any], *, trials: Trials, failed: dict[str, str]) ->
     values = _values_of(config, trials.sweep)
     stopping = trials.sweep.early_stopping
     try:
+        recipe_with(trials.judge.recipe, values)  # else it could not be run as the winner
         for stage in STAGES:
             if _key(values, stage) in failed:
                 raise TrainingError(failed[_key(values, stage)])
@@ -342,7 +354,9 @@ def _apart(function: Callable[..., Any]) -> Any:
 def _finish_winner(pipeline: ImagePipeline, winner: ImageRecipe, folder: Path) -> None:
     """Make the sweep's folder a run of the winner that shares the artifacts of the run that was swept."""
     (folder / "winner.yaml").write_text(yaml.safe_dump(science(winner), sort_keys=False), encoding="utf-8")
-    record = read_json(pipeline.run.path / "run.json")
+    held = read_json(pipeline.run.path / "run.json")
+    # What the run has made is not the winner's: until that is finished, its folder is that of an unfinished run.
+    record = {key: value for key, value in held.items() if key not in ("artifacts", "shards_root", "damaged")}
     root = os.path.relpath(pipeline.run.artifacts, folder)
     write_json(folder / "run.json", {**record, "recipe": science(winner), "artifacts_root": root})
     timing = pipeline.run.path / "timing.json"

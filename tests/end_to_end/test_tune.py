@@ -12,9 +12,11 @@ import yaml
 
 from spice_ray import workflow
 from spice_ray.contracts import ShardFile
+from spice_ray.errors import StorageError
 from spice_ray.evaluate import evaluate
 from spice_ray.readers.parts import format_of, images_of, read_part
 from spice_ray.recipe import check_recipe
+from spice_ray.runtime.image_pipeline import ImagePipeline
 from spice_ray.runtime.progress import SilentReporter
 from spice_ray.runtime.weights import load_joint
 from spice_ray.runtime.workers import augmentation_of
@@ -168,6 +170,44 @@ def test_trials_of_stage_1_train_under_ray_train_and_are_judged_by_their_heads(c
     assert min(abs(loss - losses[0.5]) for loss in own) < 1e-5
     assert min(abs(loss - losses[0.1]) for loss in own) > 1e-5
     assert evaluate(copied / "sweeps" / "contrastive")["n"] == 600
+
+
+@pytest.mark.faults
+def test_a_trial_of_stages_2_and_3_that_is_known_to_nobody_before_starts_both(copied: Path, corpus: Corpus) -> None:
+    before = kinds(copied / "artifacts")
+    prepared = workflow.prepare(small_recipe(), str(corpus.parquet), copied)
+    sweep = Sweep(
+        recipe="digits",
+        space={"heads.lr": {"log_uniform": [0.004, 0.006]}, "joint.confidence": [0.6]},
+        search="tpe",
+        samples=1,
+    )
+    (row,) = workflow.sweep(prepared, sweep, "tpe", SilentReporter()).rows
+    made = kinds(copied / "artifacts") - before
+    assert (made["heads"], made["reliable"], made["joint"], made["score"]) == (1, 1, 1, 1)
+    # The winner is the trial itself, whose assignments say the same of it.
+    record = read_json(copied / "sweeps" / "tpe" / "run.json")
+    found = read_json(copied / "artifacts" / f"assignments-{record['artifacts']['assignments']}" / "manifest.json")
+    assert row["objective"] == pytest.approx(found["unsupervised_loss"], abs=1e-6)
+
+
+def test_a_winner_that_was_not_finished_is_no_finished_run(
+    copied: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = workflow.prepare(small_recipe(), str(corpus.parquet), copied)
+    sweep = Sweep(recipe="digits", space={"joint.confidence": [0.6]}, trial={"joint.steps": 20})
+
+    def interrupted(pipeline: ImagePipeline) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ImagePipeline, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        workflow.sweep(prepared, sweep, "cut", SilentReporter())
+    with pytest.raises(StorageError, match="is not of a finished run"):
+        evaluate(copied / "sweeps" / "cut")
+    monkeypatch.undo()
+    workflow.sweep(prepared, sweep, "cut", SilentReporter())
+    assert evaluate(copied / "sweeps" / "cut")["n"] == 600
 
 
 def test_a_search_that_learns_draws_from_ranges_and_stops_bad_trials(copied: Path, corpus: Corpus) -> None:

@@ -10,6 +10,7 @@ from spice_ray.recipe import load_recipe
 from spice_ray.run_folder import RunFolder
 from spice_ray.runtime.neighbors import WIDEST
 from spice_ray.runtime.sweep_table import Reuse, reuse_of, row_of, write_trials
+from spice_ray.runtime.trial import nested
 from spice_ray.runtime.tune import most_neighbors
 from spice_ray.sweep import Sweep
 
@@ -54,6 +55,14 @@ def test_a_trial_that_died_says_so() -> None:
 def test_a_trial_that_was_stopped_is_not_ranked_by_its_last_look() -> None:
     row = row_of({"objective": 1.2, "time_total_s": 3.0}, None, VALUES, digits())
     assert (row["objective"], row["last_look"], row["note"]) == (None, 1.2, "stopped early")
+
+
+def test_a_trial_that_starts_processes_takes_no_more_of_the_cluster_than_it_is_given() -> None:
+    scale = nested(load_recipe("digits", ["scale.workers=auto"])).scale
+    assert (scale.workers, scale.head_actors, scale.bank_memory) == (1, 1, 0)
+    scale = nested(load_recipe("digits", ["scale.workers=2", "scale.head_actors=1"])).scale
+    assert (scale.workers, scale.head_actors) == (2, 1)
+    assert nested(load_recipe("digits", ["scale.workers=2"])).scale.head_actors == 2
 
 
 def test_what_was_there_is_reused_by_every_trial_and_what_was_made_by_all_but_one(

@@ -13,7 +13,7 @@ from spice_ray.contracts import ENCODER
 from spice_ray.recipe import check_recipe
 from spice_ray.runtime.data import open_shards
 from spice_ray.runtime.memory import Budget
-from spice_ray.runtime.tune import TrialProgress
+from spice_ray.runtime.trial import TrialProgress
 from spice_ray.runtime.workers import Host, PretrainJob, run_pretrain
 from spice_ray.storage import open_artifact
 from tests.made_shards import NUM_IMAGES, SIZE, make_shards
