@@ -213,10 +213,8 @@ class Sweep(Settings):
 
     def examples(self, seed: int) -> Iterator[Values]:
         """Trials at the corners of the space, and those that are known already."""
-        known = self.trials(seed) or []
-        return itertools.chain(
-            known if self.search == "grid" else itertools.islice(self._grid(), _MOST_TRIALS_CHECKED), known
-        )
+        corners = iter(()) if self.search == "grid" else itertools.islice(self._grid(), _MOST_TRIALS_CHECKED)
+        return itertools.chain(corners, self.trials(seed) or [])
 
     def _grid(self) -> Iterator[Values]:
         lists = [list(values.bounds) if isinstance(values, Range) else values for values in self.space.values()]

@@ -81,11 +81,9 @@ class Pipeline(ABC):
     @cached_property
     def damaged(self) -> frozenset[str]:
         """Shard files that are left out; only looked for where that is allowed, as every file is read for it."""
-        return (
-            self.left_out
-            if self.left_out is not None
-            else find_left_out(self.shards_artifact, self.recipe.scale, self.reporter)
-        )
+        if self.left_out is not None:
+            return self.left_out
+        return find_left_out(self.shards_artifact, self.recipe.scale, self.reporter)
 
     @cached_property
     def all_shards(self) -> Shards:
