@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spice_ray.console import ConsoleReporter, probe_table, scores_table, seconds_table, trials_table
+from spice_ray.console import ConsoleReporter, probe_table, reuse_table, scores_table, seconds_table, trials_table
 from spice_ray.runtime.progress import Done
+from spice_ray.runtime.sweep_table import Reuse
 
 
 class Clock:
@@ -134,9 +135,16 @@ def test_seconds_show_one_place_per_stage() -> None:
 def test_trials_are_ranked_and_their_notes_are_printed_as_they_are() -> None:
     note = "clusters [a] and [/b] have no reliable sample"
     rows = [
-        {"values": {"joint.confidence": 0.9}, "loss": 1.5, "reliable": 10, "seconds": 2.0, "note": ""},
-        {"values": {"joint.confidence": None}, "loss": None, "reliable": 0, "seconds": 0.5, "note": note},
+        {"values": {"joint.confidence": 0.9}, "objective": 1.5, "reliable": 10, "seconds": 2.0, "note": ""},
+        {"values": {"joint.confidence": None}, "objective": None, "reliable": 0, "seconds": 0.5, "note": note},
     ]
-    text = printed(trials_table(rows, ["joint.confidence"]))
+    text = printed(trials_table(rows, ["joint.confidence"], "unsupervised_loss"))
+    assert "trials by unsupervised loss, best first" in text
     assert re.search(r"1 │ +0\.9 │ 1\.50000 │ +10 │ +2\.0 │", text)
     assert re.search(r"2 │ +None │ +- │ +0 │ +0\.5 │ " + re.escape(note), text)
+
+
+def test_what_trials_needed_is_counted() -> None:
+    text = printed(reuse_table([Reuse("encoder", 0, 24, 0.0, 804.0), Reuse("joint", 24, 0, 149.7, 0.0)]))
+    assert re.search(r"encoder │ +0 │ +0\.0 │ +24 │ +804\.0 ", text)
+    assert re.search(r"joint +│ +24 │ +149\.7 │ +0 │ +0\.0 ", text)

@@ -20,7 +20,7 @@ from spice_ray.stages.assign import predict
 from spice_ray.storage import Artifact, open_artifact, read_json, write_json
 from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, Notes, small_recipe
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 def artifacts(run: Path, kind: str) -> list[Artifact]:

@@ -191,6 +191,7 @@ def test_a_trial_of_stages_2_and_3_that_is_known_to_nobody_before_starts_both(co
     assert row["objective"] == pytest.approx(found["unsupervised_loss"], abs=1e-6)
 
 
+@pytest.mark.faults
 def test_a_winner_that_was_not_finished_is_no_finished_run(
     copied: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +211,7 @@ def test_a_winner_that_was_not_finished_is_no_finished_run(
     assert evaluate(copied / "sweeps" / "cut")["n"] == 600
 
 
+@pytest.mark.faults
 def test_a_search_that_learns_draws_from_ranges_and_stops_bad_trials(copied: Path, corpus: Corpus) -> None:
     prepared = workflow.prepare(small_recipe(), str(corpus.parquet), copied)
     sweep = Sweep(
