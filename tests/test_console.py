@@ -140,7 +140,7 @@ def test_trials_are_ranked_and_their_notes_are_printed_as_they_are() -> None:
     ]
     text = printed(trials_table(rows, ["joint.confidence"], "unsupervised_loss"))
     assert "trials by unsupervised loss, best first" in text
-    assert re.search(r"1 │ +0\.9 │ 1\.50000 │ +10 │ +2\.0 │", text)
+    assert re.search(r"1 │ +0\.9 │ +1\.50000 │ +10 │ +2\.0 │", text)
     assert re.search(r"2 │ +None │ +- │ +0 │ +0\.5 │ " + re.escape(note), text)
 
 
