@@ -249,7 +249,7 @@ def check_trials(recipe: Recipe, sweep: Sweep) -> None:
     """
     if not isinstance(recipe, ImageRecipe):
         refuse_sweep()
-    _check_labels(recipe, sweep)
+    _check_combination(recipe, sweep)
     stages = {stage_of(key) for key in (*sweep.space, *sweep.trial) if not key.startswith("scale.")}
     if "encoder" in stages and (recipe.min_clusters is not None or recipe.heads.prior == ESTIMATE):
         name = f"num_clusters={recipe.asked_clusters}" if recipe.min_clusters is not None else "heads.prior=estimate"
@@ -277,7 +277,8 @@ def _check_number(sweep: Sweep) -> None:
         raise ConfigError(f"the sweep has {number} trials, and {_MOST_TRIALS} are the most; {remedy}")
 
 
-def _check_labels(recipe: ImageRecipe, sweep: Sweep) -> None:
+def _check_combination(recipe: ImageRecipe, sweep: Sweep) -> None:
+    """Refuse what has no effect beside given weights or labels, or would be made several times."""
     idle = [key for key in sweep.space if key.startswith("pretrain.")]
     if recipe.pretrain.weights is not None and idle:
         raise ConfigError(
@@ -309,9 +310,8 @@ def _check_labels(recipe: ImageRecipe, sweep: Sweep) -> None:
         )
 
 
-def is_light(sweep: Sweep, trial: Recipe) -> bool:
+def is_light(sweep: Sweep, trial: ImageRecipe) -> bool:
     """Whether a trial is one process that trains stage 3 by itself, behind stages that are finished before."""
-    assert isinstance(trial, ImageRecipe)
     are_made_before = sweep.search != "tpe" or sweep.first_stage == "joint"
     return sweep.judged_by == "joint" and are_made_before and trial.scale.workers == trial.joint.rounds == 1
 

@@ -65,7 +65,16 @@ class Judge:
             pipeline: The trial's.
             logits: Of all images, (N, K).
             features: What they were computed of, (N, D).
+
+        Raises:
+            TrainingError: It is not a number.
         """
+        value = self._value(pipeline, logits, features)
+        if not math.isfinite(value):
+            raise TrainingError(f"the objective {self.sweep.objective} is not a number: training diverged")
+        return value
+
+    def _value(self, pipeline: ImagePipeline, logits: NDArray[np.float32], features: NDArray[np.floating]) -> float:
         counted = training_ids(pipeline.train_shards)
         match self.sweep.objective:
             case "unsupervised_loss":
@@ -132,8 +141,6 @@ def _score(pipeline: ImagePipeline, judge: Judge, model: Artifact, predictions: 
         # A network file system keeps what is still mapped for a moment.
         with TemporaryDirectory(dir=pipeline.run.path, ignore_cleanup_errors=True) as folder:
             value = judge.value(pipeline, *predictions(Path(folder)))
-        if not math.isfinite(value):
-            raise TrainingError(f"the objective {judge.sweep.objective} is not a number: training diverged")
         found = publish(pipeline.run.artifacts, SCORE, print_, lambda folder: {"objective": value})
     return float(found.manifest["objective"])
 
@@ -155,10 +162,7 @@ def _train_here(pipeline: ImagePipeline, judge: Judge, tell: Tell) -> None:
     def look(number: int, weights: dict[str, Tensor]) -> None:
         model = initial_joint(job)
         model.load_state_dict(weights)
-        value = judge.value(pipeline, *_predictions_of(pipeline, model))
-        if not math.isfinite(value):
-            raise TrainingError(f"the objective {judge.sweep.objective} is not a number: training diverged")
-        tell(number, value)
+        tell(number, judge.value(pipeline, *_predictions_of(pipeline, model)))
 
     progress = TrialProgress(judge.sweep.early_stopping, look)
     memory = image_budget(scale, device, judge.num_sharing)

@@ -63,7 +63,7 @@ class Trials:
     """What every process of a sweep is told."""
 
     pipeline: ImagePipeline
-    """That of the run, with the settings of all trials."""
+    """That of the run, with its K and prior, and with what all trials have of the stages that they share."""
     sweep: Sweep
     judge: Judge
     progress: Path
@@ -234,7 +234,7 @@ def _fit(trials: Trials, folder: Path, failed: dict[str, str]) -> ray.tune.Resul
     # The bound of TuneConfig is ignored beside a search, and more trials than that would wait for each other for ever.
     most = trials.judge.num_sharing
     values = sweep.trials(recipe.seed)
-    ProgressWriter(trials.progress, "all").write(0, len(values) if values is not None else sweep.samples or 0)
+    ProgressWriter(trials.progress, "all").write(0, sweep.num_trials(recipe.seed))
     if values is None:
         space: dict[str, Any] = {key: _domain(tried) for key, tried in sweep.space.items()}
         search = ConcurrencyLimiter(_tpe(recipe.seed), max_concurrent=most)
@@ -247,7 +247,7 @@ def _fit(trials: Trials, folder: Path, failed: dict[str, str]) -> ray.tune.Resul
         tune_config=ray.tune.TuneConfig(
             metric="objective",
             mode="min",
-            num_samples=1 if values is not None else sweep.samples or 1,
+            num_samples=1 if values is not None else sweep.num_trials(recipe.seed),
             search_alg=search,
             scheduler=None
             if stopping is None
