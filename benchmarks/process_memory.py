@@ -118,15 +118,16 @@ def _status(pid: int) -> list[str]:
 
 def is_worker(pid: int) -> bool:
     """Whether it is one of Ray's workers."""
-    return _title(pid).startswith(b"ray::")
+    return title_of(pid).startswith(b"ray::")
 
 
 def is_idle(pid: int) -> bool:
     """Whether it is a worker without a task or an actor."""
-    return _title(pid).startswith(b"ray::IDLE")
+    return title_of(pid).startswith(b"ray::IDLE")
 
 
-def _title(pid: int) -> bytes:
+def title_of(pid: int) -> bytes:
+    """Its name as Ray sets it."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

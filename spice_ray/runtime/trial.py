@@ -28,7 +28,7 @@ from spice_ray.runtime.weights import load_head, load_joint
 from spice_ray.runtime.workers import Host, augmentation_of, initial_joint, publish_skipped, run_joint
 from spice_ray.stages.assign import predict
 from spice_ray.stages.train_heads import shares_of
-from spice_ray.storage import Artifact, fingerprint, open_artifact, publish
+from spice_ray.storage import Artifact, fingerprint, open_artifact, publish, read_json, write_json
 from spice_ray.sweep import EarlyStopping, Sweep
 
 _NEIGHBORS = 20
@@ -149,6 +149,8 @@ def _train_here(pipeline: ImagePipeline, judge: Judge, tell: Tell) -> None:
     """Stage 3 in this process, unless it is finished or cannot be trained."""
     round_ = pipeline.first_round
     print_ = pipeline.joint_fingerprint(round_)
+    looks = Looks(pipeline.run.path, print_, judge)
+    looks.tell_again(tell)
     if open_artifact(pipeline.run.artifacts, JOINT, print_) is not None:
         return
     job, skip = pipeline.joint_job(round_, print_), pipeline.why_skip_joint(round_)
@@ -160,14 +162,44 @@ def _train_here(pipeline: ImagePipeline, judge: Judge, tell: Tell) -> None:
     device = _device(pipeline)
 
     def look(number: int, weights: dict[str, Tensor]) -> None:
+        if number <= looks.num_known:
+            return
         model = initial_joint(job)
         model.load_state_dict(weights)
-        tell(number, judge.value(pipeline, *_predictions_of(pipeline, model)))
+        value = judge.value(pipeline, *_predictions_of(pipeline, model))
+        looks.keep(value)  # before it is told: the scheduler may end this process
+        tell(number, value)
 
     progress = TrialProgress(judge.sweep.early_stopping, look)
     memory = image_budget(scale, device, judge.num_sharing)
     run_joint(job, Host(device, lambda module: module, progress, memory, scale.accumulate))
     pipeline.run.note_seconds(JOINT, print_, time.monotonic() - start)
+
+
+class Looks:
+    """The objective of a trial at each look so far: a sweep that goes on hears them without any training."""
+
+    def __init__(self, folder: Path, print_: str, judge: Judge) -> None:
+        """Those in the trial's folder; ``print_`` is the fingerprint of its stage 3."""
+        stopping = judge.sweep.early_stopping
+        settings = {**judge.settings(), "looks": None if stopping is None else stopping.looks}
+        self._file = folder / f"looks-{fingerprint(SCORE, settings, [print_])}.json"
+        self._values: list[float] = read_json(self._file) if self._file.is_file() else []
+
+    @property
+    def num_known(self) -> int:
+        """How many there were."""
+        return len(self._values)
+
+    def tell_again(self, tell: Tell) -> None:
+        """Tell the scheduler what it has heard before; if it stops the trial again, this does not return."""
+        for number, value in enumerate(self._values, 1):
+            tell(number, value)
+
+    def keep(self, value: float) -> None:
+        """Note the next one."""
+        self._values.append(value)
+        write_json(self._file, self._values)
 
 
 class TrialProgress:

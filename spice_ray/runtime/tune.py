@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,13 +13,11 @@ from typing import Any
 
 import ray
 import ray.tune
-import torch
 import yaml
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from spice_ray.config import ImageRecipe, Scale
-from spice_ray.errors import SpiceError, TrainingError
+from spice_ray.errors import TrainingError
 from spice_ray.run_folder import RunFolder, science
 from spice_ray.runtime.cluster import find_spice_error, room
 from spice_ray.runtime.image_pipeline import ImagePipeline
@@ -28,7 +25,8 @@ from spice_ray.runtime.neighbors import WIDEST
 from spice_ray.runtime.progress import ProgressWriter, SilentReporter, watched
 from spice_ray.runtime.reading import CPUS_OF_READER
 from spice_ray.runtime.sweep_table import Reuse, reuse_of, row_of, write_trials
-from spice_ray.runtime.trial import Found, Judge, nested, run_trial
+from spice_ray.runtime.trial import Judge, nested
+from spice_ray.runtime.tune_trial import RETRIES, Waiting, key_of, run_tune_trial, values_of, values_through
 from spice_ray.storage import read_json, write_json
 from spice_ray.sweep import (
     STAGES,
@@ -45,7 +43,6 @@ from spice_ray.sweep import (
 
 _OF_NESTED = 0.1
 """CPUs of a trial that waits for processes of its own."""
-_RETRIES = 3
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ def run_sweep(pipeline: ImagePipeline, sweep: Sweep, name: str) -> SweepResult:
     failed = _make_parents(trials, pipeline)
     with pipeline.reporter.stage("sweep", "trials") as show:
         results = watched(lambda: _fit(trials, folder, failed), trials.progress, show)
-    rows = [row_of(result.metrics, result.error, _values_of(result.config, sweep), settled) for result in results]
+    rows = [row_of(result.metrics, result.error, values_of(result.config, sweep), settled) for result in results]
     rows.sort(key=lambda row: (row["objective"] is None, row["objective"] or 0))
     write_trials(folder / "trials.parquet", rows, sweep)
     reuse = reuse_of(rows, before, pipeline.run)
@@ -165,8 +162,10 @@ def _make_parents(trials: Trials, pipeline: ImagePipeline) -> dict[str, str]:
         if not is_needed or parents == [{}]:
             continue
         # What began with a parent that could not be made cannot be made either.
-        failed |= {_key(of, stage): failed[_key(of, "encoder")] for of in parents if _key(of, "encoder") in failed}
-        parents = [of for of in parents if _key(of, stage) not in failed]
+        failed |= {
+            key_of(of, stage): failed[key_of(of, "encoder")] for of in parents if key_of(of, "encoder") in failed
+        }
+        parents = [of for of in parents if key_of(of, stage) not in failed]
         title = "stage 1" if stage == "encoder" else "stages 1 and 2"
         progress = pipeline.run.progress(f"parents-{stage}")
         with pipeline.reporter.stage(f"{title} of the trials", "of them") as show:
@@ -177,23 +176,15 @@ def _make_parents(trials: Trials, pipeline: ImagePipeline) -> dict[str, str]:
 
 def _distinct(values: list[Values], through: Stage) -> list[Values]:
     """The settings up to a stage, each once."""
-    found = {_key(values_of, through): values_of for values_of in (_through(trial, through) for trial in values)}
-    return list(found.values())
-
-
-def _through(values: Values, stage: Stage) -> Values:
-    return {key: value for key, value in values.items() if STAGES.index(stage_of(key)) <= STAGES.index(stage)}
-
-
-def _key(values: Values, stage: Stage) -> str:
-    return json.dumps([stage, _through(values, stage)], sort_keys=True)
+    parts = (values_through(trial, through) for trial in values)
+    return list({key_of(part, through): part for part in parts}.values())
 
 
 def _make_all(trials: Trials, stage: Stage, parents: list[Values], tell: Callable[[int, int], None]) -> dict[str, str]:
     """Make the parents, as many at once as the cluster has room for; gives why some could not be made."""
     scale = any_trial(trials.pipeline.recipe, trials.sweep).scale
     most = _num_concurrent(scale, trials.sweep, light=False)
-    make = ray.remote(_make_parent).options(num_cpus=0, max_retries=_RETRIES)
+    make = ray.remote(_make_parent).options(num_cpus=0, max_retries=RETRIES)
     shared = ray.put(trials)
     waiting, running, failed = list(parents), dict[Any, Values](), dict[str, str]()
     tell(0, len(parents))
@@ -206,7 +197,7 @@ def _make_all(trials: Trials, stage: Stage, parents: list[Values], tell: Callabl
         try:
             ray.get(done[0])
         except ray.exceptions.RayError as error:
-            failed[_key(values, stage)] = _sentence(error)
+            failed[key_of(values, stage)] = _sentence(error)
         tell(len(parents) - len(waiting) - len(running), len(parents))
     return failed
 
@@ -229,7 +220,8 @@ def _fit(trials: Trials, folder: Path, failed: dict[str, str]) -> ray.tune.Resul
     resources: dict[str, float] = {"CPU": scale.cpus_per_worker if trials.light else _OF_NESTED}
     if trials.light and scale.gpus_per_worker:
         resources["GPU"] = scale.gpus_per_worker
-    trainable = ray.tune.with_parameters(_trial, trials=trials, failed=failed)
+    waiting = Waiting(sweep, trials.judge.recipe, trials.progress, trials.light, failed, ray.put(trials))
+    trainable = ray.tune.with_parameters(run_tune_trial, waiting=waiting)
     stopping = sweep.early_stopping
     # The bound of TuneConfig is ignored beside a search, and more trials than that would wait for each other for ever.
     most = trials.judge.num_sharing
@@ -279,14 +271,6 @@ def _tpe(seed: int) -> Any:
     return OptunaSearch(seed=seed)
 
 
-def _values_of(config: dict[str, Any], sweep: Sweep) -> Values:
-    """A trial's settings as the sweep has them."""
-    if "values" in config:
-        return dict(config["values"])
-    spaces = ((key, sweep.space[key]) for key in config)
-    return {key: tried.snap(config[key]) if isinstance(tried, Range) else config[key] for key, tried in spaces}
-
-
 def _num_concurrent(scale: Scale, sweep: Sweep, *, light: bool) -> int:
     """How many trials the cluster holds at once, with room for the tasks that read data.
 
@@ -301,54 +285,6 @@ def _num_concurrent(scale: Scale, sweep: Sweep, *, light: bool) -> int:
         if scale.head_gpus:
             held = min(held, resources.get("GPU", 0) // (scale.head_gpus * scale.least_workers))
     return int(max(1, min(held, most)))
-
-
-def _trial(config: dict[str, Any], *, trials: Trials, failed: dict[str, str]) -> None:
-    """One trial, as Ray Tune runs it."""
-    start, name = time.monotonic(), ray.tune.get_context().get_trial_id()
-    values = _values_of(config, trials.sweep)
-    stopping = trials.sweep.early_stopping
-    try:
-        recipe_with(trials.judge.recipe, values)  # else it could not be run as the winner
-        for stage in STAGES:
-            if _key(values, stage) in failed:
-                raise TrainingError(failed[_key(values, stage)])
-        found = (
-            _found_here(trials, values, name)
-            if trials.light
-            else ray.get(_apart(_found_nested).remote(trials, values, name))
-        )
-        metrics: dict[str, Any] = {**found._asdict(), "used": json.dumps(found.used)}
-    except (SpiceError, ray.exceptions.RayError) as error:
-        ours = find_spice_error(error)
-        if ours is None:
-            raise
-        metrics = {"objective": float("inf"), "num_reliable": 0, "note": str(ours), "used": "[]"}
-    ProgressWriter(trials.progress, f"trial-{name}").write(1, 0)
-    last = 1 if stopping is None else stopping.looks
-    ray.tune.report({**metrics, "look": last, "trial_seconds": time.monotonic() - start})
-
-
-def _found_here(trials: Trials, values: Values, name: str) -> Found:
-    """A trial that trains in this process."""
-    pipeline = trials.of(values, light=True, trial=name)
-    torch.set_num_threads(pipeline.recipe.scale.cpus_per_worker)
-
-    def tell(look: int, objective: float) -> None:
-        ray.tune.report({"look": look, "objective": objective})
-
-    return run_trial(pipeline, trials.judge, tell)
-
-
-def _found_nested(trials: Trials, values: Values, name: str) -> Found:
-    """A trial whose stages start processes of their own; nobody looks at it before its end."""
-    return run_trial(trials.of(values, light=False, trial=name), trials.judge, None)
-
-
-def _apart(function: Callable[..., Any]) -> Any:
-    """A task outside of the trial's placement group, to whose room Ray would hold all that the task starts."""
-    strategy = PlacementGroupSchedulingStrategy(placement_group=None)
-    return ray.remote(function).options(num_cpus=0, max_retries=_RETRIES, scheduling_strategy=strategy)
 
 
 def _finish_winner(pipeline: ImagePipeline, winner: ImageRecipe, folder: Path) -> None:

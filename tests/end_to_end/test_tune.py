@@ -21,7 +21,7 @@ from spice_ray.runtime.progress import SilentReporter
 from spice_ray.runtime.weights import load_joint
 from spice_ray.runtime.workers import augmentation_of
 from spice_ray.stages.assign import predict
-from spice_ray.storage import Artifact, open_artifact, read_json
+from spice_ray.storage import Artifact, open_artifact, read_json, write_json
 from spice_ray.sweep import Sweep
 from tests.end_to_end.small_runs import Corpus, small_recipe
 
@@ -243,3 +243,19 @@ def test_a_search_that_learns_draws_from_ranges_and_stops_bad_trials(copied: Pat
     table = pq.read_table(copied / "sweeps" / "stopping" / "trials.parquet").to_pylist()
     assert all((row["objective"] is None) == (row["joint.lr"] in stopped) for row in table)
     assert all((row["last_look"] is None) == (row["joint.lr"] not in stopped) for row in table)
+
+    # The same sweep hears what it has heard before, and no trial is trained for it.
+    looks, joints = sorted(copied.glob("sweeps/.trials/*/looks-*.json")), sorted(copied.glob("artifacts/joint-*"))
+    assert len(looks) == 3
+    written = [path.stat().st_mtime_ns for path in looks]
+    again = workflow.sweep(prepared, stopping, "stopping", SilentReporter()).rows
+    assert {row["values"]["joint.lr"] for row in again if row["note"] == "stopped early"} == stopped
+    assert [row["objective"] for row in again] == [row["objective"] for row in rows]
+    assert sorted(copied.glob("artifacts/joint-*")) == joints
+    assert [path.stat().st_mtime_ns for path in looks] == written
+
+    # A trial that had looked better than it did is not stopped.
+    for path in looks:
+        write_json(path, [-1.0])
+    rows = workflow.sweep(prepared, stopping, "stopping", SilentReporter()).rows
+    assert [row["note"] for row in rows if row["note"] == "stopped early"] == []

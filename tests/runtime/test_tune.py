@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +115,19 @@ def test_numbers_beside_words_are_words_in_the_table_of_trials(tmp_path: Path) -
     table = pq.read_table(tmp_path / "trials.parquet")
     assert table["reliable.neighbors"].to_pylist() == ["10", "adaptive", None]
     assert table["joint.lr"].to_pylist() == [0.1] * 3
+
+
+def test_what_waits_for_a_trial_needs_no_torch() -> None:
+    program = """
+import pickle, sys
+from pathlib import Path
+from spice_ray.recipe import load_recipe
+from spice_ray.runtime.tune_trial import Waiting, run_tune_trial
+from spice_ray.sweep import Sweep
+sweep = Sweep(recipe="digits", space={"heads.lr": [0.01]})
+waiting = Waiting(sweep, load_recipe("digits", []), Path("progress"), False, {}, None)
+pickle.loads(pickle.dumps((run_tune_trial, waiting)))
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
