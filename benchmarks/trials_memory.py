@@ -2,11 +2,11 @@
 
     python benchmarks/trials_memory.py RUN --data DATA --out benchmarks/results/trials-memory.json
 
-RUN is the folder of a run whose embedding is finished, DATA its images. Two sweeps over the learning rate of the heads
-are run in it, one trial after the other and ``--trials`` of them at once, by a Ray that takes the machine for a larger
-one. Looked at once a second are the processes of trials, from the moment when all that shall run have their heads
-actor: what they hold in proportional shares (PSS), of which a page that n processes map counts 1 / n in each. If a
-trial alone holds b + x, b being the bank, n trials that share it hold b + n x at most.
+RUN is the folder of a run whose embedding is finished and which was not swept yet, DATA its images. Two sweeps over
+the learning rate of the heads are run in it, one trial after the other and ``--trials`` of them at once, by a Ray
+that takes the machine for a larger one. The processes of trials are looked at once a second while all of them train
+their heads: what they hold in proportional shares (PSS), of which a page that n processes map counts 1 / n in each.
+If a trial alone holds b + x, b being the bank, n trials that share it hold b + n x at most.
 """
 
 import argparse
@@ -36,19 +36,19 @@ _PROCESSORS = 4
 
 
 class Look(NamedTuple):
-    """Megabytes of the processes of trials, and how many of them train heads."""
+    """Megabytes of the processes of trials, of which the winner's run has none."""
 
-    training: int
     pss: float
     anonymous: float
     processes: int
 
 
 class Onlooker:
-    """Looks once a second, and keeps what it saw when most trials were training."""
+    """Looks once a second, and keeps what it saw when all trials were training their heads."""
 
-    def __init__(self) -> None:
-        self.looks: list[Look] = []
+    def __init__(self, trials: int) -> None:
+        self._trials = trials
+        self._looks: list[Look] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -62,16 +62,19 @@ class Onlooker:
 
     @property
     def peak(self) -> Look:
-        """The most that was held while as many trials as ever were training."""
-        return max(self.looks)
+        """The most that was held."""
+        if not self._looks:
+            raise SystemExit(f"{self._trials} trials never trained at the same time; give a run that was not swept yet")
+        return max(self._looks)
 
     def _run(self) -> None:
         while not self._stop.wait(1):
             workers = [pid for pid in descendants(os.getpid()) if is_worker(pid) and not is_idle(pid)]
-            held = [found for pid in workers if (found := memory_of(pid))]
-            training = sum(b"HeadActor" in title_of(pid) for pid in workers)
-            sums = (sum(one.pss for one in held), sum(one.anonymous for one in held))
-            self.looks.append(Look(training, *sums, len(held)))
+            titles = [title_of(pid) for pid in workers]
+            counts = [sum(name in title for title in titles) for name in (b"ImplicitFunc", b"HeadActor.train")]
+            if counts == [self._trials, self._trials]:
+                held = [found for pid in workers if (found := memory_of(pid))]
+                self._looks.append(Look(sum(one.pss for one in held), sum(one.anonymous for one in held), len(held)))
 
 
 def swept(run: Path, data: str, concurrent: int) -> Look:
@@ -83,9 +86,9 @@ def swept(run: Path, data: str, concurrent: int) -> Look:
         concurrent=concurrent,
     )
     prepared = prepare(recipe, data, run, trials=trials)
-    ray.init(num_cpus=_PROCESSORS * max(concurrent, 2), logging_level="error", include_dashboard=False)
+    ray.init(address="local", num_cpus=_PROCESSORS * max(concurrent, 2), logging_level="error", include_dashboard=False)
     try:
-        with Onlooker() as onlooker:
+        with Onlooker(concurrent) as onlooker:
             sweep(prepared, trials, f"memory-{concurrent}", SilentReporter())
     finally:
         ray.shutdown()
@@ -111,10 +114,9 @@ def main() -> None:
     without = found[1].pss - bank
     bound = bank + options.trials * without
     rows = [
-        [str(count), str(look.training), str(look.processes), f"{look.pss:,.0f}", f"{look.anonymous:,.0f}"]
-        for count, look in found.items()
+        [str(count), str(look.processes), f"{look.pss:,.0f}", f"{look.anonymous:,.0f}"] for count, look in found.items()
     ]
-    print_table("megabytes of trials", ["at once", "training", "processes", "PSS", "allocated"], rows)
+    print_table("megabytes of trials", ["at once", "processes", "PSS", "allocated"], rows)
     print(f"the bank takes {bank:,.0f}; asked: at most {bound:,.0f}, the bank and {options.trials} x {without:,.0f}")
     results: dict[str, Any] = {"bank_megabytes": bank, "bound_megabytes": bound}
     write_results({**results, "trials": {str(n): look._asdict() for n, look in found.items()}}, options.out)

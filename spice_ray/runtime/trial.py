@@ -23,19 +23,20 @@ from spice_ray.readers.parts import images_of, read_part
 from spice_ray.runtime.bank import open_bank
 from spice_ray.runtime.image_pipeline import ImagePipeline
 from spice_ray.runtime.inference import final_loss, predict_all, readable_ids, training_ids
+from spice_ray.runtime.looks import Look, Looks
 from spice_ray.runtime.memory import image_budget
 from spice_ray.runtime.weights import load_head, load_joint
 from spice_ray.runtime.workers import Host, augmentation_of, initial_joint, publish_skipped, run_joint
 from spice_ray.stages.assign import predict
 from spice_ray.stages.train_heads import shares_of
-from spice_ray.storage import Artifact, fingerprint, open_artifact, publish, read_json, write_json
+from spice_ray.storage import Artifact, fingerprint, open_artifact, publish
 from spice_ray.sweep import EarlyStopping, Sweep
 
 _NEIGHBORS = 20
 """Whose labels are compared: as many in every trial, whatever its own Ns is."""
 _ROWS = 1 << 13
-Tell = Callable[[int, float], None]
-"""Hears the number of a look, counted from 1, and the objective of a trial that is not over."""
+Tell = Callable[[Look], None]
+"""Hears the objective of a trial that is not over."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class Found(NamedTuple):
     """The artifacts that it is made of."""
 
 
-def run_trial(pipeline: ImagePipeline, judge: Judge, tell: Tell | None) -> Found:
-    """Make what is missing, and judge it.
+def run_trial(pipeline: ImagePipeline, judge: Judge, tell: Tell | None) -> Found | None:
+    """Make what is missing, and judge it; None where the trial was stopped before.
 
     Args:
         pipeline: The trial's; artifacts are where those of the run are.
@@ -114,8 +115,8 @@ def run_trial(pipeline: ImagePipeline, judge: Judge, tell: Tell | None) -> Found
         score = _score(pipeline, judge, pipeline.heads, lambda _: _predictions_of_heads(pipeline))
         made = [pipeline.shards_artifact, pipeline.encoder, pipeline.embedding, pipeline.heads]
         return Found(score, 0, "", _names(made))
-    if tell is not None:
-        _train_here(pipeline, judge, tell)
+    if tell is not None and not _train_here(pipeline, judge, tell):
+        return None
     joint = pipeline.joint
     if tell is not None:
         score = _score(pipeline, judge, joint, lambda _: _predictions_of(pipeline, load_joint(joint)))
@@ -145,61 +146,45 @@ def _score(pipeline: ImagePipeline, judge: Judge, model: Artifact, predictions: 
     return float(found.manifest["objective"])
 
 
-def _train_here(pipeline: ImagePipeline, judge: Judge, tell: Tell) -> None:
-    """Stage 3 in this process, unless it is finished or cannot be trained."""
+def _train_here(pipeline: ImagePipeline, judge: Judge, tell: Tell) -> bool:
+    """Stage 3 in this process, unless it is finished or cannot be trained; False where the trial was stopped before."""
     round_ = pipeline.first_round
     print_ = pipeline.joint_fingerprint(round_)
-    looks = Looks(pipeline.run.path, print_, judge)
-    looks.tell_again(tell)
-    if open_artifact(pipeline.run.artifacts, JOINT, print_) is not None:
-        return
+    looks = looks_of(pipeline, judge, print_)
+    is_over = looks.stopped or open_artifact(pipeline.run.artifacts, JOINT, print_) is not None
+    for number, value in looks.values.items():
+        tell(Look(number, value, looks.file, is_over=is_over))
+    if is_over:
+        return not looks.stopped
     job, skip = pipeline.joint_job(round_, print_), pipeline.why_skip_joint(round_)
     if skip is not None:
         publish_skipped(job, skip)
-        return
+        return True
     start = time.monotonic()
     scale = pipeline.recipe.scale
     device = _device(pipeline)
 
     def look(number: int, weights: dict[str, Tensor]) -> None:
-        if number <= looks.num_known:
+        if number in looks.values:
             return
         model = initial_joint(job)
         model.load_state_dict(weights)
         value = judge.value(pipeline, *_predictions_of(pipeline, model))
-        looks.keep(value)  # before it is told: the scheduler may end this process
-        tell(number, value)
+        looks.keep(number, value)  # before it is told: the scheduler may end this process
+        tell(Look(number, value, looks.file))
 
     progress = TrialProgress(judge.sweep.early_stopping, look)
     memory = image_budget(scale, device, judge.num_sharing)
     run_joint(job, Host(device, lambda module: module, progress, memory, scale.accumulate))
     pipeline.run.note_seconds(JOINT, print_, time.monotonic() - start)
+    return True
 
 
-class Looks:
-    """The objective of a trial at each look so far: a sweep that goes on hears them without any training."""
-
-    def __init__(self, folder: Path, print_: str, judge: Judge) -> None:
-        """Those in the trial's folder; ``print_`` is the fingerprint of its stage 3."""
-        stopping = judge.sweep.early_stopping
-        settings = {**judge.settings(), "looks": None if stopping is None else stopping.looks}
-        self._file = folder / f"looks-{fingerprint(SCORE, settings, [print_])}.json"
-        self._values: list[float] = read_json(self._file) if self._file.is_file() else []
-
-    @property
-    def num_known(self) -> int:
-        """How many there were."""
-        return len(self._values)
-
-    def tell_again(self, tell: Tell) -> None:
-        """Tell the scheduler what it has heard before; if it stops the trial again, this does not return."""
-        for number, value in enumerate(self._values, 1):
-            tell(number, value)
-
-    def keep(self, value: float) -> None:
-        """Note the next one."""
-        self._values.append(value)
-        write_json(self._file, self._values)
+def looks_of(pipeline: ImagePipeline, judge: Judge, print_: str) -> Looks:
+    """The looks at the trial with that stage 3, whatever Ray Tune calls it."""
+    stopping = judge.sweep.early_stopping
+    settings = {**judge.settings(), "looks": None if stopping is None else stopping.looks}
+    return Looks.read(pipeline.run.path.parent / f"looks-{fingerprint(SCORE, settings, [print_])}.json")
 
 
 class TrialProgress:

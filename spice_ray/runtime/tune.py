@@ -21,6 +21,7 @@ from spice_ray.errors import TrainingError
 from spice_ray.run_folder import RunFolder, science
 from spice_ray.runtime.cluster import find_spice_error, room
 from spice_ray.runtime.image_pipeline import ImagePipeline
+from spice_ray.runtime.looks import Stopping
 from spice_ray.runtime.neighbors import WIDEST
 from spice_ray.runtime.progress import ProgressWriter, SilentReporter, watched
 from spice_ray.runtime.reading import CPUS_OF_READER
@@ -243,9 +244,7 @@ def _fit(trials: Trials, folder: Path, failed: dict[str, str]) -> ray.tune.Resul
             search_alg=search,
             scheduler=None
             if stopping is None
-            else ray.tune.schedulers.ASHAScheduler(
-                time_attr="look", max_t=stopping.looks, grace_period=1, reduction_factor=stopping.factor
-            ),
+            else Stopping(time_attr="look", max_t=stopping.looks, grace_period=1, reduction_factor=stopping.factor),
             # A process that has Torch loaded takes the next trial; one that is told to stop may not be ready for it.
             reuse_actors=stopping is None,
         ),

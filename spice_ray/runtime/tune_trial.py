@@ -22,6 +22,7 @@ from spice_ray.runtime.progress import ProgressWriter
 from spice_ray.sweep import STAGES, Range, Stage, Sweep, Values, recipe_with, stage_of
 
 if TYPE_CHECKING:
+    from spice_ray.runtime.looks import Look
     from spice_ray.runtime.trial import Found
     from spice_ray.runtime.tune import Trials
 
@@ -46,28 +47,31 @@ class Waiting:
 
 def run_tune_trial(config: dict[str, Any], *, waiting: Waiting) -> None:
     """Run a trial and report its objective; one that fails reports why."""
-    start, name = time.monotonic(), ray.tune.get_context().get_trial_id()
+    name = ray.tune.get_context().get_trial_id()
     values = values_of(config, waiting.sweep)
     stopping = waiting.sweep.early_stopping
+    trials = ray.get(waiting.trials) if waiting.light else None
+    start = time.monotonic()
     try:
         recipe_with(waiting.recipe, values)  # else it could not be run as the winner
         for stage in STAGES:
             if key_of(values, stage) in waiting.failed:
                 raise TrainingError(waiting.failed[key_of(values, stage)])
         found = (
-            _found_here(ray.get(waiting.trials), values, name)
-            if waiting.light
-            else ray.get(_apart(_found_nested).remote(waiting.trials, values, name))
+            ray.get(_apart(_found_nested).remote(waiting.trials, values, name))
+            if trials is None
+            else _found_here(trials, values, name)
         )
-        metrics: dict[str, Any] = {**found._asdict(), "used": json.dumps(found.used)}
+        metrics = None if found is None else {**found._asdict(), "used": json.dumps(found.used)}
     except (SpiceError, ray.exceptions.RayError) as error:
         ours = find_spice_error(error)
         if ours is None:
             raise
         metrics = {"objective": float("inf"), "num_reliable": 0, "note": str(ours), "used": "[]"}
     ProgressWriter(waiting.progress, f"trial-{name}").write(1, 0)
-    last = 1 if stopping is None else stopping.looks
-    ray.tune.report({**metrics, "look": last, "trial_seconds": time.monotonic() - start})
+    if metrics is not None:
+        last = 1 if stopping is None else stopping.looks
+        ray.tune.report({**metrics, "look": last, "trial_seconds": time.monotonic() - start})
 
 
 def values_of(config: dict[str, Any], sweep: Sweep) -> Values:
@@ -88,8 +92,8 @@ def key_of(values: Values, stage: Stage) -> str:
     return json.dumps([stage, values_through(values, stage)], sort_keys=True)
 
 
-def _found_here(trials: "Trials", values: Values, name: str) -> "Found":
-    """A trial that trains in this process."""
+def _found_here(trials: "Trials", values: Values, name: str) -> "Found | None":
+    """A trial that trains in this process; None where it was stopped before."""
     import torch
 
     from spice_ray.runtime.trial import run_trial
@@ -97,13 +101,14 @@ def _found_here(trials: "Trials", values: Values, name: str) -> "Found":
     pipeline = trials.of(values, light=True, trial=name)
     torch.set_num_threads(pipeline.recipe.scale.cpus_per_worker)
 
-    def tell(look: int, objective: float) -> None:
-        ray.tune.report({"look": look, "objective": objective})
+    def tell(look: "Look") -> None:
+        told = {"objective": look.objective, "looks_file": str(look.file), "is_over": look.is_over}
+        ray.tune.report({"look": look.number, **told})
 
     return run_trial(pipeline, trials.judge, tell)
 
 
-def _found_nested(trials: "Trials", values: Values, name: str) -> "Found":
+def _found_nested(trials: "Trials", values: Values, name: str) -> "Found | None":
     """A trial whose stages start processes of their own; nobody looks at it before its end."""
     from spice_ray.runtime.trial import run_trial
 

@@ -244,18 +244,21 @@ def test_a_search_that_learns_draws_from_ranges_and_stops_bad_trials(copied: Pat
     assert all((row["objective"] is None) == (row["joint.lr"] in stopped) for row in table)
     assert all((row["last_look"] is None) == (row["joint.lr"] not in stopped) for row in table)
 
-    # The same sweep hears what it has heard before, and no trial is trained for it.
-    looks, joints = sorted(copied.glob("sweeps/.trials/*/looks-*.json")), sorted(copied.glob("artifacts/joint-*"))
+    # The same sweep hears what it has heard before, and no trial is trained for it, whoever is heard first.
+    looks, joints = sorted(copied.glob("sweeps/.trials/looks-*.json")), sorted(copied.glob("artifacts/joint-*"))
     assert len(looks) == 3
     written = [path.stat().st_mtime_ns for path in looks]
-    again = workflow.sweep(prepared, stopping, "stopping", SilentReporter()).rows
+    reordered = stopping.model_copy(update={"space": {"joint.lr": [0.4, 0.3, 0.003]}})
+    again = workflow.sweep(prepared, reordered, "stopping", SilentReporter()).rows
     assert {row["values"]["joint.lr"] for row in again if row["note"] == "stopped early"} == stopped
-    assert [row["objective"] for row in again] == [row["objective"] for row in rows]
+    assert [row["objective"] for row in again if row["objective"]] == [rows[0]["objective"]]
     assert sorted(copied.glob("artifacts/joint-*")) == joints
     assert [path.stat().st_mtime_ns for path in looks] == written
 
-    # A trial that had looked better than it did is not stopped.
+    # Trials that had looked better and were not stopped, but killed, are trained to their end.
     for path in looks:
-        write_json(path, [-1.0])
+        write_json(path, {"values": {"1": -1.0}, "stopped": False})
     rows = workflow.sweep(prepared, stopping, "stopping", SilentReporter()).rows
-    assert [row["note"] for row in rows if row["note"] == "stopped early"] == []
+    assert all(np.isfinite(row["objective"]) for row in rows)
+    assert len(sorted(copied.glob("artifacts/joint-*"))) == len(joints) + 2
+    assert all(read_json(path)["values"] == {"1": -1.0} for path in looks)
