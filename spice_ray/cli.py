@@ -93,11 +93,13 @@ def ingest(
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides the order of the rows.", min=0)] = 0,
     labels_from_folders: FolderLabels = False,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings such as scale.wait_seconds=600.")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Decode images once into shards that any number of runs can share."""
+    scale = workflow.read_scale(overrides or [], "is no setting of shards")
     found = workflow.open_source(source, labels_from_folders)
-    shards = workflow.ingest(found, out, image_size=size, seed=seed, reporter=ConsoleReporter(), verbose=verbose)
+    shards = workflow.ingest(found, out, scale, image_size=size, seed=seed, reporter=ConsoleReporter(), verbose=verbose)
     unit = "embeddings" if found.kind == "embeddings" else "images"
     typer.echo(f"{shards.manifest['num_images']} {unit} in {shards.path}, {shards.manifest['num_rejects']} rejected")
 

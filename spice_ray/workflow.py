@@ -178,19 +178,27 @@ def sweep(
 
 
 def ingest(
-    source: "Source", out: Path, *, image_size: int | None, seed: int, reporter: Reporter, verbose: bool = False
+    source: "Source",
+    out: Path,
+    scale: Scale,
+    *,
+    image_size: int | None,
+    seed: int,
+    reporter: Reporter,
+    verbose: bool = False,
 ) -> Artifact:
     """Make image shards, or shards of embeddings, which have no ``image_size``.
 
     Raises:
         SpiceError: The source, the size or the folder cannot be used.
     """
+    check_local_cpus(scale)
     _check_size(source, image_size)
     check_folder(out)
     with reporting_disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
-    with connected(Scale(), verbose=verbose):
+    with connected(scale, verbose=verbose):
         return _ingest(source, out, image_size, seed, reporter)[0]
 
 
@@ -244,18 +252,32 @@ def predict(
     return table
 
 
-def _finished_model(run: Path, overrides: list[str]) -> tuple[Recipe, Artifact]:
-    """The recipe of a finished run, with settings of scale, and its classifier, or its heads."""
-    record = read_finished(run)
+def read_scale(overrides: list[str], of_others: str) -> Scale:
+    """Settings of ``scale``, where no other can be given.
+
+    Args:
+        overrides: Such as ``scale.gpus_per_worker=1``.
+        of_others: Why another setting cannot be given, such as "is settled by the run".
+
+    Raises:
+        ConfigError: There is another, or a value that cannot be used.
+    """
     settings: dict[str, Any] = {}
     for override in overrides:
         key, value = parse_override(override)
         if not key.startswith("scale."):
-            raise ConfigError(f"{key} is settled by the run; only settings of scale can be given here")
+            raise ConfigError(f"{key} {of_others}; only settings of scale can be given here")
         check_key(key, setting_keys())
         settings = with_value(settings, key, value)
+    return check_scale(settings.get("scale", {}))
+
+
+def _finished_model(run: Path, overrides: list[str]) -> tuple[Recipe, Artifact]:
+    """The recipe of a finished run, with settings of scale, and its classifier, or its heads."""
+    record = read_finished(run)
     # Lanes, by which a recipe holds its workers, are of no account here.
-    recipe = check_recipe(record["recipe"]).model_copy(update={"scale": check_scale(settings.get("scale", {}))})
+    scale = read_scale(overrides, "is settled by the run")
+    recipe = check_recipe(record["recipe"]).model_copy(update={"scale": scale})
     kind = JOINT if isinstance(recipe, ImageRecipe) else HEADS
     root = Path(os.path.abspath(run)) / record["artifacts_root"]  # workers have working directories of their own
     model = open_artifact(root, kind, record["artifacts"][kind])

@@ -195,6 +195,15 @@ REFUSED = {
     "evaluate no run": (["evaluate", "{here}/photos"], "run.json does not exist; is {here}/photos the folder of a run"),
     "evaluate too early": (["evaluate", "{here}/started"], "is not of a finished run; run the same command again"),
     "evaluate damage": (["evaluate", "{here}/damaged"], "cannot be read as JSON; restore it, or delete the folder"),
+    "ingest with a recipe's setting": (
+        ["ingest", "digits", "{here}/new", "--size", "16", "joint.steps=3"],
+        "joint.steps is no setting of shards; only settings of scale can be given here",
+    ),
+    "ingest with a wrong scale": (["ingest", "digits", "{here}/new", "--size", "16", "scale.worker=1"], "did you mean"),
+    "ingest with too many workers": (
+        ["ingest", "digits", "{here}/new", "--size", "16", "scale.workers=4096"],
+        "scale.workers=4096",
+    ),
     "ingest nothing": (["ingest", "{here}/nowhere", "{here}/new", "--size", "16"], "{here}/nowhere does not exist"),
     "ingest into a file": (["ingest", "digits", "{here}/five.parquet", "--size", "16"], "five.parquet is a file"),
     "ingest without a size": (["ingest", "{here}/photos", "{here}/new"], "give it as --size, in pixels"),

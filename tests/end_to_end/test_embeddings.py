@@ -16,6 +16,7 @@ import pytest
 
 import spice_ray
 from spice_ray import workflow
+from spice_ray.config import Scale
 from spice_ray.core.consensus import consensus
 from spice_ray.errors import ConfigError, DamagedError
 from spice_ray.evaluate import evaluate
@@ -167,7 +168,9 @@ class Damager(SilentReporter):
 
 def test_a_part_that_is_damaged_meanwhile_is_named_or_left_out_and_counted(vectors: Path, tmp_path: Path) -> None:
     source = workflow.open_source(str(vectors))
-    shards = workflow.ingest(source, tmp_path / "shards", image_size=None, seed=0, reporter=SilentReporter()).path
+    shards = workflow.ingest(
+        source, tmp_path / "shards", Scale(), image_size=None, seed=0, reporter=SilentReporter()
+    ).path
     copy = Path(shutil.copytree(shards.parent, tmp_path / "copy"))
     with pytest.raises(DamagedError, match=r"part-00005\.parquet is damaged"):
         cluster(copy, tmp_path / "named", reporter=Damager(copy / shards.name, "assignments"))
@@ -185,7 +188,9 @@ def test_a_part_that_is_damaged_meanwhile_is_named_or_left_out_and_counted(vecto
 
 def test_shards_that_are_all_damaged_are_one_sentence(vectors: Path, tmp_path: Path) -> None:
     source = workflow.open_source(str(vectors))
-    shards = workflow.ingest(source, tmp_path / "shards", image_size=None, seed=0, reporter=SilentReporter()).path
+    shards = workflow.ingest(
+        source, tmp_path / "shards", Scale(), image_size=None, seed=0, reporter=SilentReporter()
+    ).path
     parts = sorted(shards.glob("part-*.parquet"))
     for part in parts[1:]:
         part.unlink()
