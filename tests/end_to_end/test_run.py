@@ -91,6 +91,7 @@ def test_labels_reach_nothing_but_their_artifact(finished: Path, corpus: Corpus,
     assert labels[0] != labels[1]
 
 
+@pytest.mark.faults
 def test_a_folder_of_the_same_bytes_gives_the_same_rows(finished: Path, corpus: Corpus, tmp_path: Path) -> None:
     folder = cluster(corpus.folder, tmp_path / "folder")
     tables = [pq.read_table(run / "assignments.parquet").drop_columns(["source"]) for run in (folder, finished)]
@@ -109,6 +110,7 @@ def forget(run: Path, *kinds: str) -> None:
         shutil.rmtree(next((run / "artifacts").glob(f"{kind}-*")))
 
 
+@pytest.mark.faults
 def test_two_workers_compute_in_parts_what_one_does_at_once(copied: Path, corpus: Corpus) -> None:
     expected, alone = {stage: losses(copied, stage) for stage in ("encoder", "joint")}, clusters(copied)
     # Stage 3 from the same stages 1 and 2, and then stage 1.
@@ -182,6 +184,7 @@ def test_streamed_images_give_the_same_models_as_resident_ones(kind: str, copied
     assert digests(copied) == resident
 
 
+@pytest.mark.faults
 def test_a_damaged_part_stops_training_with_its_name_or_is_left_out_where_that_is_allowed(
     copied: Path, corpus: Corpus, tmp_path: Path
 ) -> None:
