@@ -2,8 +2,9 @@
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -23,28 +24,40 @@ class Held(NamedTuple):
         return Held(*(max(pair) for pair in zip(self, other, strict=True)))
 
 
-class Watch:
-    """Peaks of this process and of each worker of its Ray that is not idle, and of the sum over all processes.
-
-    It looks once a second.
-    """
+class EverySecond(ABC):
+    """Looks once a second for as long as the context lasts."""
 
     def __init__(self) -> None:
-        self.driver = Held()
-        self.actors: dict[int, Held] = {}
-        self.total_pss = 0.0
-        self._processor: dict[int, float] = {}
-        self._before: dict[int, float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+
+    @abstractmethod
+    def look_now(self) -> None:
+        """Look at what is there."""
+
+    def _run(self) -> None:
+        while not self._stop.wait(_SECONDS_BETWEEN_LOOKS):
+            self.look_now()
+
+
+class Watch(EverySecond):
+    """Peaks of this process and of each worker of its Ray that is not idle, and of the sum over all processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.driver = Held()
+        self.actors: dict[int, Held] = {}
+        self.total_pss = 0.0
+        self._processor: dict[int, float] = {}
+        self._before: dict[int, float] = {}
 
     @property
     def largest_actor(self) -> Held:
@@ -74,9 +87,9 @@ class Watch:
                 self.actors[pid] = self.actors.get(pid, Held()).peak_with(held)
                 self._processor[pid] = max(self._processor.get(pid, 0.0), processor_seconds(pid))
 
-    def _run(self) -> None:
-        while not self._stop.wait(_SECONDS_BETWEEN_LOOKS):
-            self.look({pid: held for pid in [os.getpid(), *descendants(os.getpid())] if (held := memory_of(pid))})
+    def look_now(self) -> None:
+        """Take in what each process holds by now."""
+        self.look({pid: held for pid in [os.getpid(), *descendants(os.getpid())] if (held := memory_of(pid))})
 
 
 def memory_of(pid: int) -> Held | None:

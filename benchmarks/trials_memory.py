@@ -12,13 +12,12 @@ If a trial alone holds b + x, b being the bank, n trials that share it hold b + 
 import argparse
 import json
 import os
-import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 from machine import write_results
-from process_memory import descendants, is_idle, is_worker, memory_of, title_of
+from process_memory import EverySecond, descendants, is_idle, is_worker, memory_of, title_of
 from tables import print_table
 
 from spice_ray.recipe import check_recipe
@@ -43,22 +42,13 @@ class Look(NamedTuple):
     processes: int
 
 
-class Onlooker:
-    """Looks once a second, and keeps what it saw when all trials were training their heads."""
+class Onlooker(EverySecond):
+    """Keeps what it saw while all trials were training their heads."""
 
     def __init__(self, trials: int) -> None:
+        super().__init__()
         self._trials = trials
         self._looks: list[Look] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> "Onlooker":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
     @property
     def peak(self) -> Look:
@@ -67,14 +57,14 @@ class Onlooker:
             raise SystemExit(f"{self._trials} trials never trained at the same time; give a run that was not swept yet")
         return max(self._looks)
 
-    def _run(self) -> None:
-        while not self._stop.wait(1):
-            workers = [pid for pid in descendants(os.getpid()) if is_worker(pid) and not is_idle(pid)]
-            titles = [title_of(pid) for pid in workers]
-            counts = [sum(name in title for title in titles) for name in (b"ImplicitFunc", b"HeadActor.train")]
-            if counts == [self._trials, self._trials]:
-                held = [found for pid in workers if (found := memory_of(pid))]
-                self._looks.append(Look(sum(one.pss for one in held), sum(one.anonymous for one in held), len(held)))
+    def look_now(self) -> None:
+        """Add up what the processes hold, if all trials are at it."""
+        workers = [pid for pid in descendants(os.getpid()) if is_worker(pid) and not is_idle(pid)]
+        titles = [title_of(pid) for pid in workers]
+        counts = [sum(name in title for title in titles) for name in (b"ImplicitFunc", b"HeadActor.train")]
+        if counts == [self._trials, self._trials]:
+            held = [found for pid in workers if (found := memory_of(pid))]
+            self._looks.append(Look(sum(one.pss for one in held), sum(one.anonymous for one in held), len(held)))
 
 
 def swept(run: Path, data: str, concurrent: int) -> Look:
