@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from spice_ray import workflow
 from spice_ray.console import ConsoleReporter, probe_table, reuse_table, scores_table, seconds_table, trials_table
 from spice_ray.errors import DataError, SpiceError
+from spice_ray.mirror import local, path_of, shown
 from spice_ray.recipe import load_recipe, recipe_names
 from spice_ray.sweep import load_sweep
 
@@ -28,7 +29,7 @@ class _Commands(TyperGroup):
         except SpiceError as error:
             if "--verbose" in sys.argv:
                 traceback.print_exc()
-            typer.echo(f"spice-ray: {error}", err=True)
+            typer.echo(f"spice-ray: {shown(error)}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
             typer.echo("spice-ray: interrupted; the same command again goes on from here", err=True)
@@ -50,7 +51,12 @@ Data = Annotated[
         help="A folder, files, a list or a URL of images (see README), embeddings, shards, or the word digits."
     ),
 ]
-Out = Annotated[Path, typer.Option(help="Run folder; the same command again goes on where it stopped.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        parser=path_of, metavar="PATH", help="Run folder, or its URL; the same command again goes on where it stopped."
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings such as num_clusters=20, num_clusters=auto or heads.count=5.")
 ]
@@ -87,7 +93,7 @@ def demo(out: Out = Path("runs/demo"), overrides: Overrides = None, verbose: Ver
 @app.command()
 def ingest(
     source: Annotated[str, typer.Argument(help="A folder, files, a list or a URL (see README), or the word digits.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the image shards.")],
+    out: Annotated[Path, typer.Argument(parser=path_of, metavar="OUT", help="Folder for the image shards, or a URL.")],
     size: Annotated[
         int | None, typer.Option(help="Side of the images in the shards, pixels; not for embeddings.", min=8, max=1024)
     ] = None,
@@ -101,12 +107,13 @@ def ingest(
     found = workflow.open_source(source, labels_from_folders)
     shards = workflow.ingest(found, out, scale, image_size=size, seed=seed, reporter=ConsoleReporter(), verbose=verbose)
     unit = "embeddings" if found.kind == "embeddings" else "images"
-    typer.echo(f"{shards.manifest['num_images']} {unit} in {shards.path}, {shards.manifest['num_rejects']} rejected")
+    rejected = shards.manifest["num_rejects"]
+    typer.echo(f"{shards.manifest['num_images']} {unit} in {shown(shards.path)}, {rejected} rejected")
 
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    run: Annotated[Path, typer.Argument(parser=path_of, metavar="RUN", help="A finished run folder, or its URL.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
     probe: Annotated[
         bool, typer.Option("--probe", help="Also k-NN and a linear classifier, which learn from the labels.")
@@ -127,9 +134,14 @@ def evaluate(
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="A finished run folder, or that of a sweep.")],
+    run: Annotated[
+        Path, typer.Argument(parser=path_of, metavar="RUN", help="A finished run folder, or that of a sweep, or a URL.")
+    ],
     data: Data,
-    out: Annotated[Path, typer.Option(help="Folder for the table; the same command again goes on.")],
+    out: Annotated[
+        Path,
+        typer.Option(parser=path_of, metavar="PATH", help="Folder for the table; the same command again goes on."),
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings such as scale.gpus_per_worker=1.")] = None,
     verbose: Verbose = False,
 ) -> None:
@@ -137,7 +149,7 @@ def predict(
     table = workflow.predict(run, data, out, overrides or [], ConsoleReporter(), verbose=verbose)
     sizes = ", ".join(f"{cluster}: {count}" for cluster, count in enumerate(table.manifest["cluster_sizes"]))
     typer.echo(f"cluster sizes: {sizes}")
-    typer.echo(f"assignments: {out / 'assignments.parquet'}")
+    typer.echo(f"assignments: {shown(out / 'assignments.parquet')}")
 
 
 @app.command()
@@ -161,7 +173,7 @@ def tune(
     keys, best = list(settings.space), result.rows[0]["values"]
     Console().print(trials_table(result.rows, keys, settings.objective), reuse_table(result.reuse))
     winner = ", ".join(f"{key}={value}" for key, value in best.items())
-    folder = out / "sweeps" / name
+    folder = shown(out / "sweeps" / name)
     typer.echo(f"winner: {winner}; its recipe and assignments are in {folder}, and report.html beside them")
 
 
@@ -175,7 +187,7 @@ def _show_result(out: Path) -> None:
 
     # Paths and sentences are printed as they are: what looks like markup in them is not.
     console = Console(markup=False, highlight=False)
-    clusters = pq.read_table(out / "assignments.parquet", columns=["cluster"])["cluster"].to_pylist()
+    clusters = pq.read_table(local(out / "assignments.parquet"), columns=["cluster"])["cluster"].to_pylist()
     record, counts = read_json(out / "run.json"), Counter(clusters)
     sizes = ", ".join(f"{cluster}: {counts[cluster]}" for cluster in range(record["recipe"]["num_clusters"]))
     console.print(f"cluster sizes of {len(clusters)} images: {sizes}", soft_wrap=True)
@@ -184,9 +196,9 @@ def _show_result(out: Path) -> None:
             console.print(scores_table(score(out)))
         except DataError as error:
             # The run is finished all the same: its labels are only of images that the protocol does not score.
-            console.print(str(error), soft_wrap=True)
+            console.print(shown(error), soft_wrap=True)
     console.print(seconds_table(read_json(out / "timing.json")))
-    console.print(f"assignments: {out / 'assignments.parquet'}", soft_wrap=True)
+    console.print(f"assignments: {shown(out / 'assignments.parquet')}", soft_wrap=True)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from spice_ray.mirror import shown
 from spice_ray.runtime.progress import Done
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class ConsoleReporter:
 
     def note(self, sentence: str) -> None:
         """Print a sentence that stays."""
-        self._console.print(sentence, markup=False, soft_wrap=True)
+        self._console.print(shown(sentence), markup=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, title: str, unit: str) -> Iterator[Callable[[Done], None]]:

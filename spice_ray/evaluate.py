@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from spice_ray.contracts import EMBEDDING, HEADS, LABELS, RELIABLE, SHARDS, TRAIN_SPLITS, ShardFile
 from spice_ray.core.metrics import clustering_accuracy, kmeans_labels, scores
 from spice_ray.errors import DataError, StorageError
+from spice_ray.mirror import joined, local
 from spice_ray.readers.parts import format_of, images_of, read_part
 from spice_ray.run_folder import read_finished
 from spice_ray.storage import Artifact, open_artifact, read_json, write_json
@@ -187,7 +188,7 @@ def _score_reliable(images: _Images, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open(run: Path, record: dict[str, Any], kind: str) -> Artifact:
-    root = run / record["shards_root" if kind in (SHARDS, LABELS) else "artifacts_root"]
+    root = joined(run, record["shards_root" if kind in (SHARDS, LABELS) else "artifacts_root"])
     artifact = open_artifact(root, kind, record["artifacts"][kind])
     if artifact is None:
         raise StorageError(f"{root} lacks {kind}-{record['artifacts'][kind]}; run the same command again to make it")
@@ -198,7 +199,7 @@ def _read_images(run: Path, record: dict[str, Any]) -> _Images:
     file, shards = run / "assignments.parquet", _open(run, record, SHARDS)
     num_images = int(shards.manifest["num_images"])
     with _reading(file, file):
-        table = pq.read_table(file, columns=["sample_id", "split", "cluster", "reliable"])
+        table = pq.read_table(local(file), columns=["sample_id", "split", "cluster", "reliable"])
     ids = table["sample_id"].to_numpy()
     if not np.array_equal(np.sort(ids), _readable_ids(shards, record.get("damaged", []))):
         raise StorageError(f"{file} does not list every image once; {_again(file)}")

@@ -15,12 +15,12 @@ checkpoints/, progress/   of stages under way; may be deleted
 
 import fcntl
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from spice_ray import mirror
 from spice_ray.config import Recipe
 from spice_ray.contracts import LABELS, SHARDS
 from spice_ray.errors import StorageError
@@ -54,7 +54,7 @@ class RunFolder:
         """
         folder = self.path / "progress" / stage
         with reporting_disk_errors(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            mirror.remove(folder)
             folder.mkdir(parents=True, exist_ok=True)
             return folder.resolve()
 
@@ -82,7 +82,7 @@ class RunFolder:
             StorageError: timing.json cannot be read, or the disk refused.
         """
         file = self.path / "timing.json"
-        known = read_json(file) if file.exists() else {}
+        known = read_json(file) if mirror.exists(file) else {}
         write_json(file, {**known, stage: round(known.get(stage, 0.0) + seconds, 3)})
 
     def note_seconds(self, kind: str, print_: str, seconds: float) -> None:
@@ -99,7 +99,7 @@ class RunFolder:
     def seconds_of(self, name: str) -> float | None:
         """How long the artifact of that name was made; None where nobody noted it."""
         file = self._seconds_of(name)
-        return float(read_json(file)["seconds"]) if file.is_file() else None
+        return float(read_json(file)["seconds"]) if mirror.exists(file) else None
 
     def _seconds_of(self, name: str) -> Path:
         return self.artifacts.parent / "seconds" / f"{name}.json"
@@ -113,7 +113,7 @@ class RunFolder:
         temporary, table = self.path / f".{name}.part", artifact.file(name)
         with reporting_disk_errors(self.path):
             shutil.copyfile(table, temporary)
-            os.replace(temporary, self.path / name)
+            mirror.deliver(temporary, self.path / name)
 
 
 def science(recipe: Recipe) -> dict[str, Any]:
@@ -134,8 +134,8 @@ def claim(path: Path, recipe: Recipe, source: dict[str, str]) -> RunFolder:
     """
     check_held(path, recipe, source)
     with reporting_disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
         if not holds_run(path):
-            path.mkdir(parents=True, exist_ok=True)
             write_json(path / _RECORD, {"recipe": science(recipe), "source": source})
         lock(path)
     run = RunFolder(path, path / "artifacts")
@@ -152,7 +152,7 @@ def claim_predictions(path: Path, model: str, source: dict[str, str]) -> RunFold
     check_folder(path)
     wanted = {"model": model, "source": source}
     with reporting_disk_errors(path):
-        if (path / _PREDICTIONS).is_file():
+        if mirror.exists(path / _PREDICTIONS):
             held = read_json(path / _PREDICTIONS)
             if held["model"] != model or held["source"]["digest"] != source["digest"]:
                 raise StorageError(
@@ -163,6 +163,7 @@ def claim_predictions(path: Path, model: str, source: dict[str, str]) -> RunFold
             _check_empty(path)
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / _PREDICTIONS, wanted)
+        path.mkdir(parents=True, exist_ok=True)  # that of a URL may not be here yet
         lock(path)
     folder = RunFolder(path, path / "artifacts")
     clear_staging(folder.artifacts)
@@ -186,6 +187,8 @@ def check_held(path: Path, recipe: Recipe, source: dict[str, str]) -> None:
 def lock(path: Path) -> None:
     """Keep other processes out of the folder for as long as this one lives: two would clear each other's work.
 
+    Of a folder on a server only processes of this machine are kept out.
+
     Raises:
         StorageError: Another process is in it.
     """
@@ -204,17 +207,15 @@ def check_folder(path: Path) -> None:
     """Refuse a place where no folder can be.
 
     Raises:
-        StorageError: It is a file or a URL.
+        StorageError: It is a file.
     """
-    if re.match("[a-z][a-z0-9+.-]+:/", str(path)):
-        raise StorageError(f"{path} is a URL, which is not supported yet; choose a local or mounted folder")
     if os.path.lexists(path) and not os.path.isdir(path):
         raise StorageError(f"{path} is a file; choose a folder to write to")
 
 
 def holds_run(path: Path) -> bool:
     """Whether the folder ``path`` is there and has a run.json."""
-    return (path / _RECORD).is_file()
+    return mirror.exists(path / _RECORD)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -252,7 +253,7 @@ def read_finished(path: Path) -> dict[str, Any]:
 
 
 def _check_empty(path: Path) -> None:
-    if path.is_dir() and any(not entry.name.startswith(f".{_RECORD}.") for entry in path.iterdir()):
+    if any(not name.startswith(f".{_RECORD}.") for name in mirror.names(path)):
         raise StorageError(f"{path} holds files that are not a run's; choose an empty or new folder for --out")
 
 

@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+from spice_ray import mirror
 from spice_ray.config import ImageRecipe, Recipe
 from spice_ray.contracts import LABELS, SHARDS
 from spice_ray.errors import ConfigError, DataError
 from spice_ray.image_counts import check_count
-from spice_ray.storage import Artifact, open_artifact
+from spice_ray.storage import MANIFEST, Artifact, open_artifact, write_json
+
+_INGESTED = "shards.json"
+"""In a folder on a server into which images were ingested."""
 
 
 def find_shards(path: Path) -> tuple[Artifact, Artifact | None] | None:
@@ -19,14 +23,14 @@ def find_shards(path: Path) -> tuple[Artifact, Artifact | None] | None:
         StorageError: A manifest cannot be read.
         DataError: The shards have several sets of labels.
     """
-    folders = [path] if path.name.startswith(f"{SHARDS}-") else sorted(path.glob(f"{SHARDS}-*"))
+    folders = [path] if path.name.startswith(f"{SHARDS}-") else _of_kind(path, SHARDS)
     found = [artifact for folder in folders if (artifact := _open(folder))]
     if len(found) != 1:
         return None
     shards = found[0]
     labels = [
         artifact
-        for folder in sorted(shards.path.parent.glob(f"{LABELS}-*"))
+        for folder in _of_kind(shards.path.parent, LABELS)
         if (artifact := _open(folder)) and artifact.manifest["shards"] == shards.fingerprint
     ]
     if len(labels) > 1:
@@ -35,6 +39,19 @@ def find_shards(path: Path) -> tuple[Artifact, Artifact | None] | None:
             f"{labels[1].path.name} among them, and can have one; delete those that are wrong"
         )
     return shards, labels[0] if labels else None
+
+
+def holds_shards(path: Path) -> bool:
+    """Whether ``path`` is a folder of image shards, or one that holds some, finished or not."""
+    if mirror.is_mirrored(path):  # where a folder of millions of images is not listed just for that
+        return mirror.exists(path / (MANIFEST if path.name.startswith(f"{SHARDS}-") else _INGESTED))
+    return path.is_dir() and (path.name.startswith(f"{SHARDS}-") or bool(_of_kind(path, SHARDS)))
+
+
+def note_shards(folder: Path, shards: Artifact) -> None:
+    """Make it known on a server that ``folder`` holds shards."""
+    if mirror.is_mirrored(folder):
+        write_json(folder / _INGESTED, {"shards": shards.fingerprint})
 
 
 def check_shards(recipe: Recipe, shards: Artifact) -> None:
@@ -87,6 +104,10 @@ def splits_of(protocol: str, first_stage: bool) -> tuple[str, ...] | None:
     if protocol == "whole":
         return None if first_stage else ("train", "test")
     return ("train", "unlabeled") if first_stage else ("train",)
+
+
+def _of_kind(folder: Path, kind: str) -> list[Path]:
+    return [folder / name for name in mirror.names(folder) if name.startswith(f"{kind}-")]
 
 
 def _open(folder: Path) -> Artifact | None:

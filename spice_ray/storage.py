@@ -12,19 +12,21 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spice_ray import mirror
 from spice_ray.errors import StorageError
 
 FORMAT_VERSION = 3
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete artifact on disk."""
+    """A complete artifact."""
 
     path: Path
     kind: str
@@ -32,12 +34,12 @@ class Artifact:
     manifest: dict[str, Any]
 
     def file(self, name: str) -> Path:
-        """A file of the payload.
+        """A file of the payload; of an artifact on a server it is fetched.
 
         Raises:
             StorageError: The file is missing although the artifact was complete.
         """
-        file = self.path / name
+        file = mirror.local(self.path / name)
         if not file.exists():
             raise StorageError(
                 f"{file} is missing from a finished artifact; delete the folder {self.path} and run again"
@@ -58,8 +60,8 @@ def open_artifact(root: Path, kind: str, print_: str) -> Artifact | None:
         StorageError: Its manifest cannot be read.
     """
     path = root / f"{kind}-{print_}"
-    manifest = path / "manifest.json"
-    if not manifest.is_file():
+    manifest = path / MANIFEST
+    if not mirror.exists(manifest):
         return None
     record = read_json(manifest, f"delete the folder {path} and run again")
     if not isinstance(record, dict) or record.get("fingerprint") != print_:
@@ -81,12 +83,11 @@ def publish(root: Path, kind: str, print_: str, write: Callable[[Path], dict[str
     """
     final = root / f"{kind}-{print_}"
     with reporting_disk_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
-        staging = root / f".{kind}-{print_}.{uuid.uuid4().hex[:8]}"
-        staging.mkdir()
+        staging = mirror.staging_of(root) / f".{kind}-{print_}.{uuid.uuid4().hex[:8]}"
+        staging.mkdir(parents=True)
         try:
             record = {"kind": kind, "fingerprint": print_, "format": FORMAT_VERSION, **write(staging)}
-            write_json(staging / "manifest.json", record)
+            write_json(staging / MANIFEST, record)
             _move(staging, final)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
@@ -98,12 +99,18 @@ def publish(root: Path, kind: str, print_: str, write: Callable[[Path], dict[str
 
 def _move(staging: Path, final: Path) -> None:
     """Give a finished folder its name, unless another process published the same artifact first."""
-    if final.exists() and not (final / "manifest.json").exists():
+    if mirror.is_mirrored(final):
+        if mirror.exists(final / MANIFEST):
+            shutil.rmtree(staging)
+        else:
+            mirror.deliver_folder(staging, final, last=MANIFEST)
+        return
+    if final.exists() and not (final / MANIFEST).exists():
         shutil.rmtree(final)
     try:
         os.replace(staging, final)
     except OSError:
-        if not (final / "manifest.json").exists():
+        if not (final / MANIFEST).exists():
             raise
         shutil.rmtree(staging)
 
@@ -116,15 +123,8 @@ def write_json(path: Path, value: Any) -> None:
         ValueError: The value holds NaN or infinity.
     """
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with reporting_disk_errors(path):
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):  # what could not be written may not be there to remove
-                temporary.unlink()
-            raise
+        mirror.write_bytes(path, text.encode())
 
 
 def read_json(path: Path, remedy: str = "delete it and run again") -> Any:
@@ -138,7 +138,7 @@ def read_json(path: Path, remedy: str = "delete it and run again") -> Any:
         StorageError: It is not there or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(mirror.read_bytes(path))
     except (FileNotFoundError, NotADirectoryError):
         raise StorageError(f"{path} does not exist; is {path.parent} the folder of a run?") from None
     except (OSError, ValueError, RecursionError):
@@ -147,8 +147,9 @@ def read_json(path: Path, remedy: str = "delete it and run again") -> Any:
 
 def clear_staging(root: Path) -> None:
     """Remove what a killed run left half-written; what an ingest has done is kept, for it goes on from there."""
-    if root.is_dir():
-        for folder in root.glob(".*-*"):
+    staging = mirror.staging_of(root)
+    if staging.is_dir():
+        for folder in staging.glob(".*-*"):
             if not folder.name.startswith(".ingest-"):
                 shutil.rmtree(folder, ignore_errors=True)
 

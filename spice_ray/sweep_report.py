@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spice_ray import mirror
 from spice_ray.storage import reporting_disk_errors
 from spice_ray.sweep import Range, Sweep
 
@@ -88,7 +89,7 @@ best one in red.</figcaption></figure>
 </html>
 """
     with reporting_disk_errors(file):
-        file.write_text(text, encoding="utf-8")
+        mirror.write_bytes(file, text.encode())
 
 
 def _between(low: float, high: float, part: float, *, is_log: bool) -> float:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spice_ray import mirror
 from spice_ray.config import ImageRecipe, Recipe, Scale
-from spice_ray.contracts import HEADS, JOINT, SHARDS
-from spice_ray.errors import ConfigError, DamagedError, DataError
+from spice_ray.contracts import HEADS, JOINT
+from spice_ray.errors import ConfigError, DamagedError, DataError, StorageError
 from spice_ray.image_counts import check_count
 from spice_ray.recipe import (
     check_key,
@@ -31,7 +32,7 @@ from spice_ray.run_folder import (
 )
 from spice_ray.runtime.cluster import check_cluster, check_local_cpus, connected, grown
 from spice_ray.runtime.progress import Reporter
-from spice_ray.shards import check_form, check_kind, check_shards, find_shards
+from spice_ray.shards import check_form, check_kind, check_shards, find_shards, holds_shards, note_shards
 from spice_ray.storage import Artifact, open_artifact, reporting_disk_errors
 from spice_ray.sweep import Sweep, any_trial, check_trials, refuse_sweep
 from spice_ray.sweep_report import write_sweep_report
@@ -78,11 +79,11 @@ def prepare(
         check_trials(recipe, trials)
         assert isinstance(recipe, ImageRecipe)  # of other recipes no sweep passes
         check_local_cpus(any_trial(recipe, trials).scale)
-    # Workers have working directories of their own.
-    path, out = Path(os.path.abspath(data)), Path(os.path.abspath(out))
-    if data != "digits" and _holds_shards(path):
+    out = Path(os.path.abspath(out))  # workers have working directories of their own
+    path = _shards_of(data)
+    if path is not None:
         shards = _open_shards(path)[0]
-        identity = {"path": data, "digest": f"{shards.kind}-{shards.fingerprint}"}
+        identity = {"path": _shown(data), "digest": f"{shards.kind}-{shards.fingerprint}"}
         check_held(out, recipe, identity)
         check_shards(recipe, shards)
         return Prepared(claim(out, recipe, identity), recipe, None, path)
@@ -199,7 +200,9 @@ def ingest(
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
     with connected(scale, verbose=verbose):
-        return _ingest(source, out, image_size, seed, reporter)[0]
+        shards = _ingest(source, Path(os.path.abspath(out)), image_size, seed, reporter)[0]
+    note_shards(out, shards)
+    return shards
 
 
 def predict(
@@ -220,9 +223,9 @@ def predict(
     """
     recipe, model = _finished_model(run, overrides)
     check_local_cpus(recipe.scale)
-    path = Path(os.path.abspath(data))
-    found = _open_shards(path) if data != "digits" and _holds_shards(path) else None
-    source = None if found is not None else open_source(data)
+    path = _shards_of(data)
+    found = None if path is None else _open_shards(path)
+    source = open_source(data) if path is None else None
     if found is not None:
         check_form(recipe, found[0])
         _check_width(found[0].manifest.get("embed_dim"), model)
@@ -310,7 +313,7 @@ def cluster(
         data: What ``spice-ray run --data`` takes.
         num_clusters: K, or a range such as ``"8-12"`` or ``"auto"`` for one that is chosen by the embedding.
         recipe: A shipped recipe or a YAML file.
-        out: The run folder; the same call goes on where an interrupted one stopped.
+        out: The run folder, or its URL; the same call goes on where an interrupted one stopped.
         reporter: Shows progress; the console's unless given.
         overrides: Settings such as ``{"heads.count": 5}``.
 
@@ -327,9 +330,9 @@ def cluster(
     settings = [
         f"{key}={json.dumps(value)}" for key, value in {**(overrides or {}), "num_clusters": num_clusters}.items()
     ]
-    prepared = prepare(load_recipe(recipe, settings), data, Path(out))
-    run(prepared, reporter or ConsoleReporter())
-    return pq.read_table(Path(out) / "assignments.parquet")
+    folder = mirror.path_of(out)
+    run(prepare(load_recipe(recipe, settings), data, folder), reporter or ConsoleReporter())
+    return pq.read_table(mirror.local(folder / "assignments.parquet"))
 
 
 def _shown(data: str) -> str:
@@ -407,8 +410,15 @@ def _ingest(
     return shards, labels
 
 
-def _holds_shards(path: Path) -> bool:
-    return os.path.isdir(path) and (path.name.startswith(f"{SHARDS}-") or any(path.glob(f"{SHARDS}-*")))
+def _shards_of(data: str) -> Path | None:
+    """Where the shards are that ``data`` names; None where it is something else."""
+    if data == "digits":
+        return None
+    try:
+        path = Path(os.path.abspath(mirror.path_of(data)))
+        return path if holds_shards(path) else None
+    except StorageError:  # whoever opens it as a source says what is wrong with it
+        return None
 
 
 def _open_shards(path: Path) -> tuple[Artifact, Artifact | None]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from spice_ray import mirror
 from spice_ray.contracts import ShardFile
 from spice_ray.errors import DamagedError
 from spice_ray.readers.decode import decode
@@ -104,7 +105,7 @@ def _intact_bytes(folder: Path, file: ShardFile) -> bytes:
         f"delete the folder {folder} and make it anew, or set scale.skip_damaged=true to leave out its {file.rows} rows"
     )
     try:
-        data = path.read_bytes()
+        data = mirror.read_copy(path)
     except OSError as error:
         raise DamagedError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
     found = zlib.crc32(data)

@@ -3,9 +3,11 @@
 Credentials and endpoints are those that the libraries find in the environment, or stand in the URL as they take them.
 """
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from spice_ray.readers import web
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
 _ARROW_SCHEMES = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
+_OBJECT_STORES = ("s3://", "gs://", "gcs://", "abfs://", "abfss://")
 # A request costs as much time as some megabytes.
 _BUFFER_BYTES = 8 << 20
 
@@ -43,7 +46,7 @@ def stat(place: Place) -> RemoteFile | None:
     with reporting():
         if place.is_web:
             return _stat_web(place)
-        system, path = _locate(place)
+        system, path = locate(place)
         info = system.get_file_info(path)
         return None if info.type.name == "NotFound" else _described(info, info.path)
 
@@ -59,12 +62,26 @@ def list_files(folder: Place, *, nested: bool) -> list[RemoteFile]:
     with reporting():
         if folder.is_web:
             raise RemoteError("files on a web server cannot be listed; give a list of their URLs")
-        system, path = _locate(folder)
+        system, path = locate(folder)
         found = system.get_file_info(FileSelector(path, allow_not_found=True, recursive=nested))
     # Some file systems write a leading slash here and not there.
     start = path.strip("/")
     names = (info.path.lstrip("/").removeprefix(start).lstrip("/") for info in found)
     return [_described(info, name) for info, name in zip(found, names, strict=True) if info.type.name == "File"]
+
+
+def list_names(folder: Place) -> list[str]:
+    """The names of the files and folders in a folder, sorted; none where there is no such folder.
+
+    Raises:
+        RemoteError: The server cannot be asked, or refuses.
+    """
+    from pyarrow.fs import FileSelector
+
+    with reporting():
+        system, path = locate(folder)
+        found = system.get_file_info(FileSelector(path, allow_not_found=True))
+        return sorted(info.base_name for info in found)
 
 
 def open_input(place: Place) -> "pa.NativeFile":
@@ -81,7 +98,7 @@ def open_input(place: Place) -> "pa.NativeFile":
             # Not every web server gives parts of a file.
             if size is not None and size <= _BUFFER_BYTES:
                 return pa.BufferReader(web.read_url(_web_url(place), _BUFFER_BYTES))
-        system, path = _locate(place)
+        system, path = locate(place)
         return system.open_input_file(path)
 
 
@@ -96,7 +113,7 @@ def open_stream(place: Place) -> "pa.NativeFile":
     with reporting():
         if place.is_web:
             return pa.PythonFile(web.open_url(_web_url(place)), mode="r")
-        system, path = _locate(place)
+        system, path = locate(place)
         return system.open_input_stream(path, compression=None, buffer_size=_BUFFER_BYTES)
 
 
@@ -115,6 +132,61 @@ def read(place: Place, max_bytes: int) -> bytes:
             return content
 
 
+def write(place: Place, content: bytes) -> None:
+    """Make a file, or replace one.
+
+    Raises:
+        RemoteError: It cannot be written.
+    """
+    with _output(place) as stream:
+        stream.write(content)
+
+
+def upload(file: Path, place: Place) -> None:
+    """Make a copy of a local file, or replace what is there by one.
+
+    Raises:
+        RemoteError: It cannot be written, or ``file`` not be read.
+    """
+    with _output(place) as stream, file.open("rb") as content:
+        shutil.copyfileobj(content, stream, _BUFFER_BYTES)
+
+
+def download(place: Place, file: Path) -> None:
+    """Make a local copy of a file.
+
+    Raises:
+        RemoteError: It cannot be read, or ``file`` not be written.
+    """
+    with reporting(), open_stream(place) as content, file.open("wb") as stream:
+        shutil.copyfileobj(content, stream, _BUFFER_BYTES)
+
+
+def delete(place: Place) -> None:
+    """Delete a file, or a folder with all that is in it; nothing where there is none.
+
+    Raises:
+        RemoteError: It cannot be deleted.
+    """
+    with reporting():
+        system, path = locate(place)
+        found = system.get_file_info(path).type.name
+        if found == "Directory":
+            system.delete_dir(path)
+        elif found != "NotFound":
+            system.delete_file(path)
+
+
+@contextmanager
+def _output(place: Place) -> Iterator["pa.NativeFile"]:
+    with reporting():
+        system, path = locate(place)
+        if not place.server.startswith(_OBJECT_STORES):  # which have no folders
+            system.create_dir(path.rpartition("/")[0], recursive=True)
+        with system.open_output_stream(path, compression=None) as stream:
+            yield stream
+
+
 def _stat_web(place: Place) -> RemoteFile | None:
     try:
         size, mtime_ns = web.stat_url(_web_url(place))
@@ -131,7 +203,7 @@ def _described(info: "FileInfo", name: str) -> RemoteFile:
     return RemoteFile(name, info.type.name == "Directory", info.size, info.mtime_ns)
 
 
-def _locate(place: Place) -> tuple["FileSystem", str]:
+def locate(place: Place) -> tuple["FileSystem", str]:
     """The file system and the path in it."""
     system, root = _connect(place.server)
     return system, f"{root.rstrip('/')}/{place.path}".rstrip("/") if root else place.path

@@ -7,8 +7,7 @@ after a kill is taken over as it is.
 
 import bisect
 import hashlib
-import os
-import uuid
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from spice_ray import mirror
 from spice_ray.readers.parts import PartFormat, write_part
 from spice_ray.readers.records import Chunk
 from spice_ray.readers.rows import KEY_BYTES, Rejected, Row, read_rows
@@ -25,6 +25,10 @@ from spice_ray.storage import read_json, write_json
 
 NUM_BINS = 1 << 16
 """Keys are counted by their first two bytes."""
+_BATCH_BYTES = 1 << 20
+"""What is read of a run at once, at the most: a part takes a few of its batches."""
+_FIRST_BINS = b"first_bins"
+"""In the schema of a run: the bin of the first row of each batch."""
 _LABEL_ROWS = pa.schema([("sample_id", pa.int64()), ("name", pa.string())])
 
 
@@ -32,11 +36,18 @@ class Task(NamedTuple):
     """What both passes need to know."""
 
     folder: Path
-    """Of the runs; every process sees it."""
+    """Of the runs and of the parts; every process sees it."""
     format: PartFormat
     seed: int
     run_bytes: int
     """Most bytes of content that a run holds, and a process with it."""
+    shards: Path | None = None
+    """Where the parts go at once; None: they are moved there when all are done."""
+
+    @property
+    def parts(self) -> Path:
+        """Where the parts are written."""
+        return self.folder if self.shards is None else self.shards
 
 
 class Part(NamedTuple):
@@ -62,22 +73,32 @@ def write_runs(chunk: Chunk, index: int, task: Task) -> dict[str, Any]:
         task: Where to and how.
 
     Returns:
-        The chunk's record, which is on disk then: ``runs`` (names of files), ``rows``, ``rejects`` (pairs of source and
-        reason) and ``digest``, the sum of a hash of each row or reject.
+        The chunk's record, which is on disk then: ``runs`` (names of files), ``rows``, ``bins`` (how many of the rows
+        have keys in each bin, of bins that have some), ``rejects`` (pairs of source and reason) and ``digest``, the sum
+        of a hash of each row or reject.
     """
     file = task.folder / f"chunk-{index:06d}.json"
-    if file.exists():
+    if mirror.exists(file):
         known: dict[str, Any] = read_json(file)
         return known
+    task.folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"runs": [], "rows": 0, "rejects": [], "digest": 0}
+    bins = Counter[int]()
     rows = read_rows(chunk, task.format, task.seed)
     for run in _bounded(rows, record, task.run_bytes):
         name = f"chunk-{index:06d}-{len(record['runs']):04d}.arrow"
-        _write_run(task.folder / name, run, task.format)
+        run.sort(key=lambda row: (row.key, row.source.encode()))
+        write_run(task.folder / name, run, task.format)
         record["runs"].append(name)
         record["rows"] += len(run)
+        bins.update(_bin_of(row.key) for row in run)
+    record["bins"] = sorted(bins.items())
     write_json(file, record)
     return record
+
+
+def _bin_of(key: bytes) -> int:
+    return key[0] << 8 | key[1]
 
 
 def _bounded(rows: Iterator[Row | Rejected], record: dict[str, Any], run_bytes: int) -> Iterator[list[Row]]:
@@ -113,24 +134,20 @@ def _run_schema(format_: PartFormat) -> pa.Schema:
     return pa.schema([("key", pa.binary(KEY_BYTES)), *fields])
 
 
-def _write_run(file: Path, rows: list[Row], format_: PartFormat) -> None:
-    rows.sort(key=lambda row: (row.key, row.source.encode()))
-    schema = _run_schema(format_)
-    columns = [pa.array(values, field.type) for values, field in zip(zip(*rows, strict=True), schema, strict=True)]
-    temporary = _temporary(file)
+def write_run(file: Path, rows: list[Row], format_: PartFormat, batch_bytes: int = _BATCH_BYTES) -> None:
+    """Write sorted rows as batches of some bytes, of which a reader can take those that it needs."""
+    size = max(1, batch_bytes * len(rows) // max(1, sum(len(row.content) for row in rows)))
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    first_bins = json.dumps([_bin_of(batch[0].key) for batch in batches])
+    schema = _run_schema(format_).with_metadata({_FIRST_BINS: first_bins})
+    temporary = mirror.temporary_of(file)
     with pa.ipc.new_file(str(temporary), schema) as writer:
-        writer.write_batch(pa.record_batch(columns, schema=schema))
-    os.replace(temporary, file)
-
-
-def count_bins(folder: Path, runs: list[str]) -> NDArray[np.int64]:
-    """How many rows of the runs have keys in each bin, (NUM_BINS,); reads the keys alone."""
-    counts = np.zeros(NUM_BINS, np.int64)
-    for name in runs:
-        keys = _keys(_open_run(folder / name)).reshape(-1, KEY_BYTES)
-        bins = keys[:, 0].astype(np.int64) << 8 | keys[:, 1]
-        counts += np.bincount(bins, minlength=NUM_BINS)
-    return counts
+        for batch in batches:
+            values = [
+                pa.array(column, field.type) for column, field in zip(zip(*batch, strict=True), schema, strict=True)
+            ]
+            writer.write_batch(pa.record_batch(values, schema=schema))
+    mirror.deliver(temporary, file, keep=False)
 
 
 def plan_parts(counts: NDArray[np.int64], num_parts: int) -> list[Part]:
@@ -167,15 +184,17 @@ def merge_part(part: Part, runs: list[str], task: Task) -> dict[str, Any]:
     record_file = task.folder / f"part-{part.number:05d}.json"
     name = f"part-{part.number:05d}.parquet"
     # Parts leave the folder when they are published, and a kill may come before that is done.
-    if record_file.exists() and (task.folder / name).exists():
+    if mirror.exists(record_file) and mirror.exists(task.parts / name):
         known: dict[str, Any] = read_json(record_file)
         return known
+    for folder in (task.folder, task.parts):
+        folder.mkdir(parents=True, exist_ok=True)
     rows = _rows_of(part, runs, task)
     ids, column = pa.array(np.arange(part.first_id, part.first_id + part.rows), pa.int64()), task.format.column
-    temporary = _temporary(task.folder / name)
+    temporary = mirror.temporary_of(task.parts / name)
     table = pa.table([ids, rows["source"], rows["split"], rows["content"]], ["sample_id", "source", "split", column])
     crc32 = write_part(temporary, table)
-    os.replace(temporary, task.folder / name)
+    mirror.deliver(temporary, task.parts / name)
     labels = pa.table([ids, rows["label"]], _LABEL_ROWS).filter(rows["label"].is_valid())
     _write_labels(task.folder / f"labels-{part.number:05d}.arrow", labels)
     splits = dict(sorted(Counter(rows["split"].to_pylist()).items()))
@@ -185,27 +204,23 @@ def merge_part(part: Part, runs: list[str], task: Task) -> dict[str, Any]:
 
 
 def _write_labels(file: Path, labels: pa.Table) -> None:
-    temporary = _temporary(file)
+    # A name of its own: a node that was given up for lost may still be writing the same file.
+    temporary = mirror.temporary_of(file)
     with pa.ipc.new_file(str(temporary), _LABEL_ROWS) as writer:
         writer.write_table(labels)
-    os.replace(temporary, file)
-
-
-def _temporary(file: Path) -> Path:
-    """A name of its own: a node that was given up for lost may still be writing the same file."""
-    return file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}")
+    mirror.deliver(temporary, file, keep=False)
 
 
 def read_labels(folder: Path, part: int) -> pa.Table:
     """Sample ids and names of the labels of a part's rows, those that have one."""
-    return _open_run(folder / f"labels-{part:05d}.arrow")
+    with mirror.open_input(folder / f"labels-{part:05d}.arrow") as file:
+        return pa.ipc.open_file(file).read_all()
 
 
 def _rows_of(part: Part, runs: list[str], task: Task) -> pa.Table:
     if part.rows == 0:
         return _run_schema(task.format).empty_table()
-    slices = [_slice_of(_open_run(task.folder / name), part) for name in runs]
-    rows = pa.concat_tables(piece for piece in slices if len(piece))
+    rows = pa.concat_tables(piece for name in runs for piece in read_slices(task.folder / name, part))
     order = sorted(
         zip(
             rows["key"].to_pylist(),
@@ -221,6 +236,19 @@ def _rows_of(part: Part, runs: list[str], task: Task) -> pa.Table:
     return taken
 
 
+def read_slices(file: Path, part: Part) -> Iterator[pa.Table]:
+    """The rows of a run whose keys are in a part's bins, by batches; those of a local file are not read, but mapped."""
+    with mirror.open_input(file) as opened:
+        run = pa.ipc.open_file(opened)
+        first_bins = json.loads(run.schema.metadata[_FIRST_BINS])
+        # The rows of a bin may begin in the batch before the first that begins with it.
+        start = max(0, bisect.bisect_left(first_bins, part.first_bin) - 1)
+        for number in range(start, bisect.bisect_left(first_bins, part.stop_bin)):
+            found = _slice_of(pa.Table.from_batches([run.get_batch(number)]).replace_schema_metadata(), part)
+            if len(found):
+                yield found
+
+
 def _slice_of(run: pa.Table, part: Part) -> pa.Table:
     keys = _keys(run)
 
@@ -234,9 +262,3 @@ def _slice_of(run: pa.Table, part: Part) -> pa.Table:
 
 def _keys(run: pa.Table) -> NDArray[np.uint8]:
     return np.frombuffer(run["key"].chunk(0).buffers()[1], np.uint8)[: len(run) * KEY_BYTES]
-
-
-def _open_run(file: Path) -> pa.Table:
-    """A run without reading it: columns are views of the mapped file."""
-    with pa.memory_map(str(file)) as mapped:
-        return pa.ipc.open_file(mapped).read_all()

@@ -1,9 +1,7 @@
 """How far a group of heads is: shown to the user, and kept in a file from which a restarted actor goes on."""
 
-import os
 import pickle
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import torch
 
+from spice_ray import mirror
 from spice_ray.core.order import stream_key
 from spice_ray.errors import StorageError
 
@@ -29,7 +28,7 @@ class HeadProgress:
     def restore(self) -> dict[str, Any] | None:
         """The state of the last checkpoint of these heads; None where there is none, or none that can be read."""
         try:
-            state: dict[str, Any] = torch.load(self._file, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(mirror.local(self._file), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
             # Nothing is lost but time: from the beginning the heads become the same.
             return None
@@ -51,11 +50,11 @@ def state_file(folder: Path, indices: Sequence[int]) -> Path:
 
 def _write(state: dict[str, Any], file: Path) -> None:
     """Write so that a reader finds the old state or the new one."""
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+    temporary = mirror.temporary_of(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, temporary)
-        os.replace(temporary, file)
+        mirror.deliver(temporary, file)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):  # what could not be written may not be there to remove
             temporary.unlink()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from spice_ray import mirror
 from spice_ray.config import ImageRecipe, Recipe, Scale
 from spice_ray.contracts import HEADS, Bank
 from spice_ray.core.consensus import consensus, voting_heads
@@ -114,7 +115,7 @@ class HeadPool:
             for index, head in zip(group, ray.get(ready), strict=True):
                 heads[index] = head
                 _keep_head(self._finished, index, head)
-            state_file(self._finished, group).unlink(missing_ok=True)
+            mirror.remove(state_file(self._finished, group))
         return [heads[index] for index in numbers]
 
     def _begin(self, missing: list[int]) -> dict[Any, list[int]]:
@@ -170,15 +171,17 @@ def train_ensemble(pool: HeadPool, settings: Heads, num_clusters: int) -> list[T
 def _keep_head(folder: Path, index: int, head: TrainedHead) -> None:
     record = {"loss": head.loss, "best_epoch": head.best_epoch, "losses": head.losses}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(head.weights, folder / f"{index:03d}.safetensors")
+    weights = folder / f"{index:03d}.safetensors"
+    save_file(head.weights, weights)
+    mirror.send(weights)
     write_json(folder / f"{index:03d}.json", record)  # last: its presence means complete
 
 
 def _read_head(folder: Path, index: int) -> TrainedHead | None:
     record = folder / f"{index:03d}.json"
-    if not record.is_file():
+    if not mirror.exists(record):
         return None
-    return TrainedHead(load_weights(folder / f"{index:03d}.safetensors"), **read_json(record))
+    return TrainedHead(load_weights(mirror.local(folder / f"{index:03d}.safetensors")), **read_json(record))
 
 
 def publish_heads(

@@ -8,25 +8,27 @@ import hashlib
 import math
 import os
 import pickle
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
+from numpy.typing import NDArray
 
+from spice_ray import mirror
 from spice_ray.contracts import LABELS, SHARDS
 from spice_ray.errors import DataError
 from spice_ray.readers.embeddings import EmbeddingSource
 from spice_ray.readers.parts import PartFormat
 from spice_ray.readers.records import Chunk, Source
 from spice_ray.readers.rows import count_rows
-from spice_ray.readers.runs import Task, count_bins, merge_part, plan_parts, read_labels, write_runs
+from spice_ray.readers.runs import NUM_BINS, Task, merge_part, plan_parts, read_labels, write_runs
 from spice_ray.runtime.progress import Done, Reporter
 from spice_ray.runtime.reading import prepare_context
 from spice_ray.storage import Artifact, fingerprint, publish, reporting_disk_errors
@@ -48,6 +50,8 @@ class _Read(NamedTuple):
 
     runs: list[str]
     num_images: int
+    counts: NDArray[np.int64]
+    """How many of the images have keys in each bin, (NUM_BINS,)."""
     rejects: list[tuple[str, str]]
     digest: str
     """Of all (key, source) and all rejects."""
@@ -84,14 +88,17 @@ def ingest(
         with reporter.stage("ingest: reading images", "images") as show:
             read = _read(source, task, lambda done, total: show(Done(done, total, None)))
         if read.num_images == 0:
-            shutil.rmtree(task.folder)
+            mirror.remove(task.folder)
             raise DataError(_nothing_read(read.rejects))
+        print_ = fingerprint(SHARDS, {**_size(task.format), "seed": seed}, [read.digest])
+        if mirror.is_mirrored(root):  # where moving is as much work as writing
+            task = task._replace(shards=root / f"{SHARDS}-{print_}")
         with reporter.stage("ingest: writing shards", "files") as show:
             files = _write_parts(read, task, lambda done, total: show(Done(done, total, None)))
         labels = _labels(task.folder, len(files))
-        shards = _publish_shards(root, task, read, files)
+        shards = _publish_shards(root, print_, task, read, files)
         found = _publish_labels(root, shards.fingerprint, labels)
-        shutil.rmtree(task.folder, ignore_errors=True)
+        mirror.remove(task.folder)
         return shards, found
 
 
@@ -141,14 +148,17 @@ def _read(source: Source, task: Task, report: Callable[[int, int | None], None])
     chunks = source.chunks(max(1, task.run_bytes // task.format.row_bytes))
     total = count_rows(source)
     runs, num_images, rejects, digest = list[str](), 0, list[tuple[str, str]](), 0
+    counts = np.zeros(NUM_BINS, np.int64)
     work = partial(_write_runs, task=task)
     for record in _on_the_cluster(list(enumerate(chunks)), work):
         runs += record["runs"]
         num_images += record["rows"]
+        for bin_, count in record["bins"]:
+            counts[bin_] += count
         rejects += [(name, reason) for name, reason in record["rejects"]]
         digest = (digest + record["digest"]) % (1 << 128)
         report(num_images + len(rejects), total)
-    return _Read(sorted(runs), num_images, sorted(rejects), f"{digest:032x}")
+    return _Read(sorted(runs), num_images, counts, sorted(rejects), f"{digest:032x}")
 
 
 def _write_runs(item: tuple[int, Chunk], task: Task) -> dict[str, Any]:
@@ -162,7 +172,7 @@ def _write_parts(read: _Read, task: Task, report: Callable[[int, int | None], No
     least, most = _PART_BYTES
     part_bytes = min(most, max(least, total // _NUM_PARTS))
     num_parts = _PARTS_MULTIPLE * math.ceil(total / (_PARTS_MULTIPLE * part_bytes))
-    parts = plan_parts(count_bins(task.folder, read.runs), num_parts)
+    parts = plan_parts(read.counts, num_parts)
     files: list[dict[str, Any]] = []
     for record in _on_the_cluster(parts, partial(merge_part, runs=read.runs, task=task)):
         files.append(record)
@@ -180,19 +190,23 @@ def _nothing_read(rejects: list[tuple[str, str]]) -> str:
     )
 
 
-def _publish_shards(root: Path, task: Task, read: _Read, files: list[dict[str, Any]]) -> Artifact:
+def _size(format_: PartFormat) -> dict[str, int]:
+    return {"embed_dim" if format_.stored == "vectors" else "image_size": format_.size}
+
+
+def _publish_shards(root: Path, print_: str, task: Task, read: _Read, files: list[dict[str, Any]]) -> Artifact:
     splits: Counter[str] = sum((Counter(file["splits"]) for file in files), Counter())
-    size = {"embed_dim" if task.format.stored == "vectors" else "image_size": task.format.size}
 
     def write(staging: Path) -> dict[str, Any]:
-        for file in files:
-            os.replace(task.folder / file["name"], staging / file["name"])
+        if task.shards is None:
+            for file in files:
+                os.replace(task.folder / file["name"], staging / file["name"])
         sources, reasons = zip(*read.rejects, strict=True) if read.rejects else ((), ())
         rejects = pa.table({"source": pa.array(sources, pa.string()), "reason": pa.array(reasons, pa.string())})
         pq.write_table(rejects, staging / "rejects.parquet")
         return {
             "num_images": read.num_images,
-            **size,
+            **_size(task.format),
             "stored": task.format.stored,
             "splits": dict(sorted(splits.items())),
             "files": files,
@@ -200,7 +214,7 @@ def _publish_shards(root: Path, task: Task, read: _Read, files: list[dict[str, A
             "digest": read.digest,
         }
 
-    return publish(root, SHARDS, fingerprint(SHARDS, {**size, "seed": task.seed}, [read.digest]), write)
+    return publish(root, SHARDS, print_, write)
 
 
 def _labels(folder: Path, num_parts: int) -> pa.Table:

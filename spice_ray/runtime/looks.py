@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
+from spice_ray import mirror
 from spice_ray.errors import StorageError
 from spice_ray.storage import read_json, write_json
 
@@ -41,7 +42,7 @@ class Looks:
         Raises:
             StorageError: It holds something else.
         """
-        if not file.is_file():
+        if not mirror.exists(file):
             return cls(file, {}, False)
         remedy = "delete it and run again"
         held = read_json(file, remedy)

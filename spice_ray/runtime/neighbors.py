@@ -1,7 +1,6 @@
 """Nearest neighbours as an artifact: rows are shared among Ray actors, each of which looks for theirs among all."""
 
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import ray.util
 import torch
 from numpy.typing import NDArray
 
+from spice_ray import mirror
 from spice_ray.config import Scale
 from spice_ray.contracts import NEIGHBORS
 from spice_ray.core.inverted_lists import ListSearch, build_lists, choose_probes
@@ -41,7 +41,7 @@ class TrainRows:
 
     def __init__(self, file: Path, ids: Ints) -> None:
         """Map the file; ``ids`` are the numbers of its rows that count."""
-        self._array, self._ids = np.load(file, mmap_mode="r"), ids
+        self._array, self._ids = np.load(mirror.local(file), mmap_mode="r"), ids
         self.shape: tuple[int, int] = (len(ids), self._array.shape[1])
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ class NeighborJob:
         """Whether that file is there and whole."""
         rows = min(self.part_rows, len(self.train_ids) - start)
         try:
-            return bool(np.load(self.part(start), mmap_mode="r").shape == (rows, self.k))
+            return bool(np.load(mirror.local(self.part(start)), mmap_mode="r").shape == (rows, self.k))
         except (OSError, ValueError):  # there is none, or it lost its end with the power
             return False
 
@@ -128,11 +128,12 @@ class PartFinder:
         job = self._job
         found, _ = self._search.find(start, min(start + job.part_rows, len(job.train_ids)))
         with reporting_disk_errors(job.parts):
+            job.parts.mkdir(parents=True, exist_ok=True)
             file = job.part(start)
             unfinished = file.with_suffix(".unfinished")
             with unfinished.open("wb") as stream:
                 np.save(stream, found.numpy().astype(np.int32))
-            unfinished.rename(file)
+            mirror.deliver(unfinished, file)
         return len(found)
 
 
@@ -141,9 +142,9 @@ def open_lists(job: NeighborJob) -> ListSearch:
     import faiss
 
     try:
-        index: Any = faiss.read_index(str(job.lists), faiss.IO_FLAG_MMAP)
+        index: Any = faiss.read_index(str(mirror.local(job.lists)), faiss.IO_FLAG_MMAP)
     except RuntimeError:
-        job.recall.unlink(missing_ok=True)
+        mirror.remove(job.recall)
         raise StorageError(f"{job.lists} is damaged; run the same command again to make it anew") from None
     # Else 32 threads of each actor would read lists ahead.
     invlists: Any = faiss.downcast_InvertedLists(index.invlists)
@@ -158,6 +159,7 @@ def make_lists(job: NeighborJob) -> None:
     assert job.lists_key is not None
     rows = TrainRows(job.file, job.train_ids)
     with reporting_disk_errors(job.parts):
+        job.parts.mkdir(parents=True, exist_ok=True)
         index = build_lists(rows, job.lists_key)
         unfinished = job.lists.with_suffix(".unfinished")
         try:
@@ -165,7 +167,7 @@ def make_lists(job: NeighborJob) -> None:
         except RuntimeError as error:
             unfinished.unlink(missing_ok=True)
             raise OSError(f"faiss could not write {unfinished.name}") from error
-        unfinished.rename(job.lists)
+        mirror.deliver(unfinished, job.lists)
         recall = choose_probes(index, rows, job.k, job.lists_key)
         write_json(job.recall, {"lists": index.nlist, **recall._asdict()})  # last: its presence means complete
 
@@ -196,8 +198,6 @@ def find_neighbors(job: NeighborJob, scale: Scale, tell: Callable[[int, int], No
     Raises:
         StorageError: The disk refused.
     """
-    with reporting_disk_errors(job.parts):
-        job.parts.mkdir(parents=True, exist_ok=True)
     total = len(job.train_ids)
     missing = [start for start in job.starts if not job.is_found(start)]
     done = total - sum(min(job.part_rows, total - start) for start in missing)
@@ -205,7 +205,7 @@ def find_neighbors(job: NeighborJob, scale: Scale, tell: Callable[[int, int], No
     for num_rows in _found(job, scale, missing):
         done += num_rows
         tell(done, total)
-    return (np.load(job.part(start)) for start in job.starts)
+    return (np.load(mirror.local(job.part(start))) for start in job.starts)
 
 
 def _found(job: NeighborJob, scale: Scale, missing: list[int]) -> Iterator[int]:
@@ -213,7 +213,7 @@ def _found(job: NeighborJob, scale: Scale, missing: list[int]) -> Iterator[int]:
     if not missing:
         return
     is_small = len(job.starts) == 1
-    if job.lists_key is not None and not job.recall.is_file():
+    if job.lists_key is not None and not mirror.exists(job.recall):
         if is_small:
             make_lists(job)
         else:
@@ -253,5 +253,5 @@ def publish_neighbors(
         return {"num_rows": shape[0], "neighbors": job.k, "recall": recall}
 
     found = publish(root, NEIGHBORS, print_, write)
-    shutil.rmtree(job.parts, ignore_errors=True)
+    mirror.remove(job.parts)
     return found

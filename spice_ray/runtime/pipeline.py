@@ -5,7 +5,6 @@ stage 1.
 """
 
 import os
-import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from spice_ray import mirror
 from spice_ray.config import Recipe
 from spice_ray.contracts import CLUSTER_COUNT, HEADS, LABELS, NEIGHBORS, PRIOR, RELIABLE
 from spice_ray.core.order import stream_key
@@ -163,7 +163,7 @@ class Pipeline(ABC):
                 trained.append(best_start(starts, bank, ids, recipe))
                 choice = choose_by_neighbors(trained, bank, ids, recipe)
             publish_heads(self._root, print_, recipe, bank, trained, choice)
-            shutil.rmtree(finished, ignore_errors=True)
+            mirror.remove(finished)
 
         return self._artifact(HEADS, "stage 2: clustering heads", "epochs", settings, [embedding], make)
 
@@ -247,7 +247,7 @@ class Pipeline(ABC):
             artifacts={**prints, LABELS: self.labels.fingerprint if self.labels else None},
             damaged=sorted(self.damaged),
             # Shards of this run's own move with it; others stay where they are.
-            shards_root=os.path.relpath(root, self.run.path.resolve()) if root == own else str(root),
+            shards_root=os.path.relpath(root, self.run.path.resolve()) if root == own else mirror.shown(root),
         )
         return result
 

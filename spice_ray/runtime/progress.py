@@ -8,11 +8,14 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
+from spice_ray import mirror
 from spice_ray.storage import write_json
 
 Result = TypeVar("Result")
 _SECONDS_BETWEEN_WRITES = 0.5
 _SECONDS_BETWEEN_LOOKS = 0.25
+_SLOWER = 20
+"""So many times as long where a server is asked, which takes money for it."""
 
 
 class Done(NamedTuple):
@@ -48,10 +51,11 @@ class SilentReporter:
 
 
 class ProgressWriter:
-    """Writes how far one process is, at most twice a second."""
+    """Writes how far one process is, at most twice a second, and every ten seconds on a server."""
 
     def __init__(self, folder: Path, writer: str) -> None:
         self._file = folder / f"{writer}.json"
+        self._seconds = _SECONDS_BETWEEN_WRITES * (_SLOWER if mirror.is_mirrored(folder) else 1)
         self._next = 0.0
 
     def write(self, done: int, total: int, loss: float | None = None) -> None:
@@ -59,16 +63,18 @@ class ProgressWriter:
         now = time.monotonic()
         if now < self._next and done < total:
             return
-        self._next = now + _SECONDS_BETWEEN_WRITES
+        self._next = now + self._seconds
         write_json(self._file, {"done": done, "total": total, "loss": loss})
 
 
 def read_progress(folder: Path) -> Done | None:
     """The sum over the processes that wrote into ``folder``, or None where none has yet."""
     states = []
-    for file in folder.glob("*.json"):
+    for name in mirror.names(folder):
+        if not name.endswith(".json") or name.startswith("."):
+            continue
         try:
-            states.append(json.loads(file.read_text(encoding="utf-8")))
+            states.append(json.loads(mirror.read_bytes(folder / name)))
         except (OSError, ValueError):
             continue  # replaced while it was read: the next look finds it
     if not states:
@@ -92,8 +98,9 @@ def watched(work: Callable[[], Result], folder: Path, show: Callable[[Done], Non
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
+    seconds = _SECONDS_BETWEEN_LOOKS * (_SLOWER if mirror.is_mirrored(folder) else 1)
     while thread.is_alive():
-        thread.join(_SECONDS_BETWEEN_LOOKS)
+        thread.join(seconds)
         state = read_progress(folder)
         if state is not None:
             show(state)

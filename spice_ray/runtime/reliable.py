@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spice_ray import mirror
 from spice_ray.config import Recipe
 from spice_ray.contracts import RELIABLE
 from spice_ray.core.order import stream_key
@@ -135,6 +136,6 @@ def why_skip(reliable: Artifact, recipe: Recipe, files: list[int], num_lanes: in
 
 
 def _disagreement(labelled: Artifact) -> Tensor:
-    if "disagreement.npy" in {file.name for file in labelled.path.iterdir()}:
+    if mirror.exists(labelled.path / "disagreement.npy"):
         return torch.from_numpy(np.load(labelled.file("disagreement.npy")))
     return torch.full((len(np.load(labelled.file("assignments.npy"), mmap_mode="r")),), torch.nan)

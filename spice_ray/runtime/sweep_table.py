@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spice_ray import mirror
 from spice_ray.config import ImageRecipe
 from spice_ray.errors import ConfigError
 from spice_ray.run_folder import RunFolder
@@ -95,6 +96,7 @@ def write_trials(file: Path, rows: list[dict[str, Any]], sweep: Sweep) -> None:
     arrays = {name: pa.array(values, types.get(name)) for name, values in {**columns, **rest}.items()}
     used = pa.array([row["used"] for row in rows], pa.list_(pa.string()))
     pq.write_table(pa.table({**arrays, "artifacts": used}), file)
+    mirror.send(file)
 
 
 def _of_one_type(values: list[Any]) -> list[Any]:

@@ -1,6 +1,5 @@
 """Stages 1 and 3 under Ray Train: one ``fit`` per stage, its workers fed by Ray Data, resumed from its checkpoints."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import ray.train.torch
 import torch
 from torch import nn
 
+from spice_ray import mirror
 from spice_ray.config import Scale
 from spice_ray.core import collectives
 from spice_ray.errors import DamagedError, SpiceError, StorageError, TrainingError
@@ -34,7 +34,7 @@ def _work(config: dict[str, Any]) -> None:
     torch.set_num_threads(scale.cpus_per_worker)
     device = ray.train.torch.get_device()
     try:
-        if not folder.is_dir():
+        if not _is_seen(folder):
             raise StorageError(f"{folder} is not seen by every node; choose an --out that all nodes mount")
         sharing = ray.train.get_context().get_local_world_size()
         progress = TrainProgress(device, scale.checkpoint_seconds, folder)
@@ -43,17 +43,22 @@ def _work(config: dict[str, Any]) -> None:
     except (SpiceError, ray.exceptions.RayError) as error:
         # What went wrong in a task that reads comes wrapped.
         ours = find_spice_error(error)
-        if ours is None or not folder.is_dir():
+        if ours is None or not _is_seen(folder):
             raise
         leave_error(folder, ours, damaged=isinstance(ours, DamagedError))
         if collectives.world_size() > 1:
             raise  # the other workers wait for this one, and only its failure ends them
 
 
+def _is_seen(folder: Path) -> bool:
+    """Whether what is written into the folder is seen by the driver."""
+    return mirror.is_mirrored(folder) or folder.is_dir()
+
+
 def _said(folder: Path) -> SpiceError | None:
     """The error of ours that a worker met."""
     file = folder / ERROR_FILE
-    if not file.is_file():
+    if not mirror.exists(file):
         return None
     record = read_json(file)
     return (DamagedError if record["damaged"] else TrainingError)(record["sentence"])
@@ -108,7 +113,7 @@ def fit(
     # A checkpoint may have been refused when the last step was done, and then nobody needs it.
     if said is not None and open_artifact(job.root, job.kind, job.fingerprint) is None:
         raise said
-    shutil.rmtree(checkpoints / name, ignore_errors=True)
+    mirror.remove(checkpoints / name)
 
 
 def most_of(counts: list[int], held: int) -> int:
@@ -130,7 +135,7 @@ def _trainer(config: dict[str, Any], workers: int, name: str, checkpoints: Path)
         torch_config=ray.train.torch.TorchConfig(backend=backend(scale)),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=str(checkpoints.resolve()),
+            **mirror.storage_of(checkpoints),
             failure_config=_failures(scale),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),

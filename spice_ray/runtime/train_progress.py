@@ -2,17 +2,19 @@
 
 import math
 import pickle
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs
 import ray.train
 import torch
 from torch import Tensor
 
+from spice_ray import mirror
 from spice_ray.contracts import Health
 from spice_ray.core import collectives
 from spice_ray.errors import StorageError, TrainingError
@@ -124,24 +126,27 @@ class TrainProgress:
         else:
             told = {"losses": torch.tensor(self._losses), "health": torch.tensor(self._health)}
             copied = on_cpu({**state, **told})
-            storage = Path(ray.train.get_context().get_storage().experiment_fs_path)
+            storage = ray.train.get_context().get_storage()
+            system, root = storage.storage_filesystem, storage.experiment_fs_path
             self._written.clear()
             ray.train.report(
                 {"step": step},
-                checkpoint=ray.train.Checkpoint.from_directory(storage),
+                checkpoint=ray.train.Checkpoint(root, system),
                 checkpoint_upload_mode=mode,
                 delete_local_checkpoint_after_upload=False,
-                checkpoint_upload_fn=lambda _, name: self._write_state(copied, storage / name),
+                checkpoint_upload_fn=lambda _, name: self._write_state(copied, f"{root}/{name}", system),
             )
         self._due = time.monotonic() + self._checkpoint_seconds
 
-    def _write_state(self, state: dict[str, Any], folder: Path) -> ray.train.Checkpoint:
+    def _write_state(self, state: dict[str, Any], folder: str, system: pyarrow.fs.FileSystem) -> ray.train.Checkpoint:
         """Write a checkpoint; Ray Train knows of it only afterwards."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(state, folder / "state.pt")
+            system.create_dir(folder)
+            with system.open_output_stream(f"{folder}/state.pt", compression=None) as stream:
+                torch.save(state, stream)
         except (OSError, RuntimeError) as error:
-            shutil.rmtree(folder, ignore_errors=True)  # which makes room for the sentence, and nobody else would
+            with suppress(OSError):
+                system.delete_dir(folder)  # which makes room for the sentence, and nobody else would
             refused = StorageError(
                 f"the checkpoint {folder} was not written ({' '.join(str(error).split())}); make room there and run "
                 "the same command again"
@@ -149,7 +154,7 @@ class TrainProgress:
             leave_error(self._folder, refused)
             raise refused from error
         self._written.set()
-        return ray.train.Checkpoint.from_directory(folder)
+        return ray.train.Checkpoint(folder, system)
 
     def _write_losses(self, total: int) -> None:
         """Leave the loss of every step beside the progress, for whoever looks into a run."""
@@ -169,7 +174,7 @@ def on_cpu(state: Any) -> Any:
 
 
 def _write_table(file: Path, columns: list[str], lines: Iterable[str]) -> None:
-    file.write_text("\n".join([",".join(columns), *lines, ""]), encoding="utf-8")
+    mirror.write_bytes(file, "\n".join([",".join(columns), *lines, ""]).encode())
 
 
 def _read_state(file: Path) -> dict[str, Any]:

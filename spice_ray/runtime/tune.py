@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +15,7 @@ import ray.tune
 import yaml
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
+from spice_ray import mirror
 from spice_ray.config import ImageRecipe, Scale
 from spice_ray.errors import TrainingError
 from spice_ray.run_folder import RunFolder, science
@@ -90,8 +90,7 @@ def run_sweep(pipeline: ImagePipeline, sweep: Sweep, name: str) -> SweepResult:
     """
     folder = pipeline.run.path / "sweeps" / name
     folder.mkdir(parents=True, exist_ok=True)
-    pipeline.run.artifacts.mkdir(exist_ok=True)  # shards that are given lie elsewhere
-    before = {found.name for found in pipeline.run.artifacts.iterdir()}
+    before = set(mirror.names(pipeline.run.artifacts))
     pipeline = replace(pipeline, most_neighbors=most_neighbors(pipeline.recipe, sweep), left_out=pipeline.damaged)
     trials, settled = _prepare(pipeline, sweep)
     failed = _make_parents(trials, pipeline)
@@ -250,7 +249,7 @@ def _fit(trials: Trials, folder: Path, failed: dict[str, str]) -> ray.tune.Resul
         ),
         run_config=ray.tune.RunConfig(
             name="tune",
-            storage_path=str(folder.resolve()),
+            **mirror.storage_of(folder),
             verbose=0,
             failure_config=ray.tune.FailureConfig(max_failures=scale.max_failures),
         ),
@@ -288,13 +287,13 @@ def _num_concurrent(scale: Scale, sweep: Sweep, *, light: bool) -> int:
 
 def _finish_winner(pipeline: ImagePipeline, winner: ImageRecipe, folder: Path) -> None:
     """Make the sweep's folder a run of the winner that shares the artifacts of the run that was swept."""
-    (folder / "winner.yaml").write_text(yaml.safe_dump(science(winner), sort_keys=False), encoding="utf-8")
+    mirror.write_bytes(folder / "winner.yaml", yaml.safe_dump(science(winner), sort_keys=False).encode())
     held = read_json(pipeline.run.path / "run.json")
     # What the run has made is not the winner's: until that is finished, its folder is that of an unfinished run.
     record = {key: value for key, value in held.items() if key not in ("artifacts", "shards_root", "damaged")}
     root = os.path.relpath(pipeline.run.artifacts, folder)
     write_json(folder / "run.json", {**record, "recipe": science(winner), "artifacts_root": root})
     timing = pipeline.run.path / "timing.json"
-    if timing.exists():
-        shutil.copyfile(timing, folder / "timing.json")
+    if mirror.exists(timing):
+        write_json(folder / "timing.json", read_json(timing))
     replace(pipeline, recipe=winner, run=RunFolder(folder, pipeline.run.artifacts)).finish()
