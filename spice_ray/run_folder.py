@@ -15,6 +15,7 @@ checkpoints/, progress/   of stages under way; may be deleted
 
 import fcntl
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,8 +208,10 @@ def check_folder(path: Path) -> None:
     """Refuse a place where no folder can be.
 
     Raises:
-        StorageError: It is a file.
+        StorageError: It is a file, or a URL that was taken for a path.
     """
+    if re.match("[a-z][a-z0-9+.-]+:/", str(path)):
+        raise StorageError(f"{path} is a URL that was taken for a path; give what spice_ray.mirror.path_of makes of it")
     if os.path.lexists(path) and not os.path.isdir(path):
         raise StorageError(f"{path} is a file; choose a folder to write to")
 

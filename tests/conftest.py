@@ -1,10 +1,12 @@
 import io
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -14,6 +16,7 @@ from sklearn.datasets import load_digits
 from spice_ray.config import Scale
 from spice_ray.runtime.cluster import connected
 from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, cluster, small_recipe
+from tests.servers import S3, free_port, process
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +24,36 @@ def local_ray() -> Iterator[None]:
     """One Ray for all tests that run in this process, started as the product starts it."""
     with connected(Scale(), verbose=False):
         yield
+
+
+@pytest.fixture(scope="session")
+def s3_address() -> Iterator[str]:
+    """Host and port of an S3 server that is a process of its own."""
+    address = f"127.0.0.1:{free_port()}"
+    with process("moto.server", "-H", "127.0.0.1", "-p", address.split(":")[1], url=f"http://{address}/moto-api/"):
+        yield address
+
+
+@pytest.fixture
+def s3(s3_address: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """A new bucket, and the environment of a user who may use it."""
+    for name in list(os.environ):
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{s3_address}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    system = pyarrow.fs.S3FileSystem(
+        access_key="key",
+        secret_key="secret",
+        region="us-east-1",
+        endpoint_override=s3_address,
+        scheme="http",
+        allow_bucket_creation=True,
+    )
+    bucket = f"b{abs(hash(request.node.nodeid))}"
+    system.create_dir(bucket)
+    return S3(s3_address, bucket, system)
 
 
 @pytest.fixture(scope="session")

@@ -164,7 +164,12 @@ REFUSED = {
     "foreign files": (run_into("{here}/foreign"), "{here}/foreign holds files that are not a run's; choose"),
     "out is a file": (run_into("{here}/five.parquet"), "{here}/five.parquet is a file; choose a folder"),
     "out below a file": (run_into("{here}/five.parquet/run"), "cannot be written (Not a directory); free some space"),
-    "out is a URL": (run_into("s3://bucket/run"), "is a URL, which is not supported yet; choose"),
+    "out on a web server": (run_into("https://host/run"), "https://host/run is on a web server, which takes no files"),
+    "out with a key": (run_into("s3://key:secret@bucket/run"), "the URL of s3://bucket/run holds a key; leave it out"),
+    "out without a server": (
+        run_into("s3://bucket/run?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"),
+        "s3://bucket/run/run.json cannot be reached (",
+    ),
     "damaged record": (run_into("{here}/damaged"), "{here}/damaged/run.json cannot be read as JSON; restore it"),
     # Sweeps.
     "sweep missing": (tune("{here}/nowhere.yaml"), "sweep file {here}/nowhere.yaml does not exist; give"),

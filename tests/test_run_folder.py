@@ -131,7 +131,7 @@ def test_a_url_is_refused_before_a_folder_of_that_name_is_made(
     tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(StorageError, match="is a URL, which is not supported yet"):
+    with pytest.raises(StorageError, match="is a URL that was taken for a path"):
         claim(Path(url), recipe(), SOURCE)
     assert os.listdir(tmp_path) == []
 

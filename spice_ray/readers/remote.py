@@ -146,9 +146,10 @@ def upload(file: Path, place: Place) -> None:
     """Make a copy of a local file, or replace what is there by one.
 
     Raises:
-        RemoteError: It cannot be written, or ``file`` not be read.
+        RemoteError: It cannot be written.
+        OSError: ``file`` cannot be read.
     """
-    with _output(place) as stream, file.open("rb") as content:
+    with file.open("rb") as content, _output(place) as stream:
         shutil.copyfileobj(content, stream, _BUFFER_BYTES)
 
 

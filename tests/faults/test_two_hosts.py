@@ -1,13 +1,15 @@
 """A cluster of two hosts: two network namespaces with a cable between them, and object storage that both reach."""
 
 import contextlib
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,12 @@ system.create_dir("images")
 with open(sys.argv[1], "rb") as file, system.open_output_stream("images/train.parquet") as stream:
     stream.write(file.read())
 """
+GET = """
+import os, sys
+from pyarrow import fs
+system = fs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
+fs.copy_files(sys.argv[1], sys.argv[2], source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
+"""
 
 
 @dataclass(frozen=True)
@@ -47,14 +55,14 @@ class Host:
     name: str
     address: str
 
-    def command(self, *words: str, private: str | None = None) -> list[str]:
-        """What runs a program there, with a disk of its own in the place of the folder ``private``."""
+    def command(self, *words: str, private: Sequence[str] = ()) -> list[str]:
+        """What runs a program there, with disks of its own in the place of the folders ``private``."""
         # Not ip netns exec, which mounts another /sys as well: MKL does not start under a job there.
         inside = ["nsenter", f"--net=/run/netns/{self.name}"]
-        if private is None:
+        if not private:
             return [*inside, *words]
-        script = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
-        return [*inside, "unshare", "--mount", "--propagation", "private", "sh", "-c", script, private, *words]
+        script = " && ".join([*(f"mount -t tmpfs tmpfs {shlex.quote(folder)}" for folder in private), 'exec "$@"'])
+        return [*inside, "unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *words]
 
     def run(self, *words: str, timeout: float = 120) -> "subprocess.CompletedProcess[str]":
         command = self.command(*words)
@@ -63,7 +71,7 @@ class Host:
         )
 
     @contextmanager
-    def running(self, *words: str, private: str | None = None) -> Iterator["subprocess.Popen[bytes]"]:
+    def running(self, *words: str, private: Sequence[str] = ()) -> Iterator["subprocess.Popen[bytes]"]:
         """A program there, ended by the group of its processes."""
         nowhere = subprocess.DEVNULL
         found = subprocess.Popen(
@@ -93,7 +101,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def hosts() -> Iterator[tuple[Host, Host]]:
-    """Two hosts and a cable; both see the same disk."""
+    """Two hosts and a cable; both see the same disk, but for what each has in the place of its folders."""
     names = [f"spice-{os.getpid()}-{side}" for side in "ab"]
     with ExitStack() as stack:
         for name in names:
@@ -117,8 +125,9 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 @pytest.mark.faults
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("storage", ["a shared disk", "a bucket"])
 def test_a_job_runs_on_two_hosts_and_reads_its_images_from_object_storage(
-    hosts: tuple[Host, Host], corpus: Corpus, recipe_file: Path, tmp_path: Path
+    hosts: tuple[Host, Host], corpus: Corpus, recipe_file: Path, tmp_path: Path, storage: str
 ) -> None:
     head, worker = hosts
     with ExitStack() as stack:
@@ -134,17 +143,26 @@ def test_a_job_runs_on_two_hosts_and_reads_its_images_from_object_storage(
         worker.wait_for(HEAD, PORT)
         joining = (f"--address={HEAD}:{PORT}", f"--node-ip-address={WORKER}", "--num-cpus=2")
         # Both would unpack the job's files into the same folder.
-        stack.enter_context(worker.running(*start, *joining, private=folder))
+        private = [folder] if storage == "a shared disk" else [folder, str(tmp_path)]
+        stack.enter_context(worker.running(*start, *joining, private=private))
         head.wait_for(HEAD, DASHBOARD)
 
         out = tmp_path / "run"
+        named = str(out) if storage == "a shared disk" else "s3://images/run"
         settings = ("scale.workers=2", "scale.cpus_per_worker=2", "scale.wait_seconds=60")
-        entry = ("python", "jobs/run.py", str(recipe_file), "--data", "s3://images", "--out", str(out), *settings)
+        data = "s3://images/train.parquet"
+        entry = ("python", "jobs/run.py", str(recipe_file), "--data", data, "--out", named, *settings)
         submit = (str(RAY), "job", "submit", "--address", f"http://{HEAD}:{DASHBOARD}", "--working-dir", ".")
-        job = head.run(*submit, "--", *entry, timeout=800)
+        # Where both keep what they fetch; each sees a disk of its own there.
+        kept = json.dumps({"env_vars": {"SPICE_RAY_CACHE": str(tmp_path / "cache")}})
+        job = head.run(*submit, "--runtime-env-json", kept, "--", *entry, timeout=800)
         assert job.returncode == 0, job.stderr[-1000:] + job.stdout[-3000:]
+        if storage == "a bucket":
+            assert not out.exists()
+            got = head.run(sys.executable, "-c", GET, "images/run", str(out))
+            assert got.returncode == 0, got.stderr
 
     assert pq.read_table(out / "assignments.parquet").num_rows == NUM_IMAGES
-    assert read_json(out / "run.json")["source"]["path"] == "s3://images"
+    assert read_json(out / "run.json")["source"]["path"] == data
     scores = evaluate(out)
     assert scores["acc"] > 0.5

@@ -14,7 +14,6 @@ from spice_ray.readers.source import Unreadable, open_source
 from spice_ray.runtime.ingest import ingest
 from spice_ray.runtime.progress import SilentReporter
 from tests.readers.answering import answering, serving
-from tests.readers.conftest import S3
 from tests.readers.sample_files import (
     IMAGES,
     contents,
@@ -27,6 +26,7 @@ from tests.readers.sample_files import (
     summary,
     tar_bytes,
 )
+from tests.servers import S3
 
 GONE = Unreadable("the file cannot be read: No such file or directory")
 

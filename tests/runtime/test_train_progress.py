@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import ray.train
 import torch
+from pyarrow.fs import LocalFileSystem
 
 from spice_ray.errors import StorageError, TrainingError
 from spice_ray.runtime.train_progress import ERROR_FILE, TrainProgress, on_cpu
@@ -22,7 +23,8 @@ class Trainer:
     def __init__(self, storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.writers: list[Callable[[], Any]] = []
         self.known: Path | None = None
-        context = SimpleNamespace(get_storage=lambda: SimpleNamespace(experiment_fs_path=str(storage)))
+        place = SimpleNamespace(experiment_fs_path=str(storage), storage_filesystem=LocalFileSystem())
+        context = SimpleNamespace(get_storage=lambda: place)
         monkeypatch.setattr(ray.train, "get_context", lambda: context)
         monkeypatch.setattr(ray.train, "report", self.report)
         monkeypatch.setattr(ray.train, "get_checkpoint", self.checkpoint)
