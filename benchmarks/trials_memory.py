@@ -72,7 +72,7 @@ def swept(run: Path, data: str, concurrent: int) -> Look:
     trials = Sweep(
         recipe="the run's",
         space={"heads.lr": [0.001 * (concurrent + 1 + number) for number in range(concurrent)]},
-        trial={"heads.count": 1, "heads.epochs": EPOCHS},
+        trial={"heads.count": 1, "heads.more": 0, "heads.epochs": EPOCHS},
         concurrent=concurrent,
     )
     prepared = prepare(recipe, data, run, trials=trials)

@@ -76,7 +76,7 @@ def test_shards_on_a_server_feed_a_model_on_a_server(on_machine: Run, s3: S3, co
     for file in finished.rglob("*"):
         if file.is_file() and not file.name.startswith("."):
             s3.put(f"run/{file.relative_to(finished)}", file.read_bytes())
-    ingested = on_machine("a", "ingest", corpus.folder, shards, "--size", "8")
+    ingested = on_machine("a", "ingest", corpus.folder, shards, "--size", "16")
     assert ingested.returncode == 0, ingested.stderr
     assert f"{NUM_IMAGES} images in {shards}/shards-" in ingested.stdout
     assert not any(name.startswith(".ingest") for name in names(s3, "shards"))
@@ -86,7 +86,7 @@ def test_shards_on_a_server_feed_a_model_on_a_server(on_machine: Run, s3: S3, co
     clusters = {file.rpartition("/")[2]: cluster for file, cluster in pairs(table(s3, "predicted/assignments.parquet"))}
     # The same images: those of the folder are named by their numbers, those of the file by their rows.
     known = dict(pairs(pq.read_table(finished / "assignments.parquet")))
-    assert clusters == {f"{name.rpartition(':')[2]}.png": cluster for name, cluster in known.items()}
+    assert clusters == {f"{name.rpartition('#')[2]}.png": cluster for name, cluster in known.items()}
 
 
 def pairs(found: pa.Table) -> Iterator[tuple[str, int]]:
