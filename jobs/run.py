@@ -1,6 +1,6 @@
 """The pipeline as a Ray job, with the arguments of ``spice-ray run``.
 
-ray job submit --working-dir . -- python jobs/run.py digits --data digits --out /shared/digits
+ray job submit --working-dir . -- python jobs/run.py digits --data digits --out s3://bucket/digits
 """
 
 import sys

@@ -41,7 +41,7 @@ def table(s3: S3, path: str) -> pa.Table:
 
 
 def names(s3: S3, folder: str) -> set[str]:
-    found = s3.system.get_file_info(pyarrow.fs.FileSelector(f"{s3.bucket}/{folder}"))
+    found = s3.system.get_file_info(pyarrow.fs.FileSelector(f"{s3.bucket}/{folder}", allow_not_found=True))
     return {info.base_name for info in found}
 
 
