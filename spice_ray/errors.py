@@ -17,6 +17,10 @@ class StorageError(SpiceError):
     """An artifact or a run folder that is damaged, incomplete or belongs to another run."""
 
 
+class UnreachableError(StorageError):
+    """A server that does not answer or refuses, which may be over at the next try."""
+
+
 class DamagedError(StorageError):
     """A shard file whose bytes are not those that were written."""
 

@@ -12,9 +12,9 @@ starts a run settles it for all nodes.
 import errno
 import fcntl
 import os
+import posixpath
 import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
-from spice_ray.errors import StorageError
+from spice_ray.errors import StorageError, UnreachableError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from spice_ray.readers.remote import RemoteFile
 
 _MIRROR, _STAGING = "spice-ray-mirror", "spice-ray-staging"
-_MIRRORED = re.compile(rf"(?:/[^/\s]*)*/{_MIRROR}/([^/\s]+)")
+_MIRRORED = re.compile(rf"(?:/[^/\s]*)*/{_MIRROR}/([^/\s]+%3A%2F%2F[^/\s]*)")
+_OF_KEYS = ("s3://", "gs://", "gcs://")
+"""Before an @ these have a key, and others the name of a user or a container."""
 _LARGEST_RECORD = 1 << 30
 _SPARE = 0.1
 """Of a disk, which copies of what is read again and again leave free."""
@@ -41,10 +43,11 @@ def path_of(text: str) -> Path:
     """The path of a local folder, or the one in the mirror that stands for a URL.
 
     Raises:
-        StorageError: A web server, which nobody can write to, or a URL that holds a key.
+        StorageError: A web server, which nobody can write to, or a URL that holds a key or leads out of its bucket.
     """
-    from spice_ray.readers.places import is_url, place_of, without_user
+    from spice_ray.readers.places import is_url, place_of
 
+    text = os.fspath(text)  # a command's default is a path already
     if not is_url(text):
         return Path(text)
     place = place_of(text)
@@ -52,40 +55,70 @@ def path_of(text: str) -> Path:
         return Path(place.path)
     if place.is_web:
         raise StorageError(f"{place} is on a web server, which takes no files; give a folder or a URL such as s3://")
-    if without_user(place.server) != place.server:
+    user = place.server.partition("://")[2].rpartition("@")[0]
+    if ":" in user or (user and place.server.startswith(_OF_KEYS)):
         raise StorageError(f"the URL of {place} holds a key; leave it out and give it by the environment")
-    return _cache() / _MIRROR / quote(place.server, safe="") / place.path
+    path = posixpath.normpath(place.path or ".")
+    if path.startswith(("..", "/")):
+        raise StorageError(f"{place} leads out of its server's folders; give the URL of a folder in it")
+    return _cache() / _MIRROR / quote(place.server, safe="") / path
+
+
+def url_of(path: Path) -> str:
+    """The URL that a path stands for, of which :func:`path_of` makes the path again; of any other path its text."""
+    if not is_mirrored(path):
+        return str(path)
+    place = _place(path)
+    server, mark, settings = place.server.partition("?")
+    return f"{server}/{place.path}{mark}{settings}"
 
 
 def joined(folder: Path, text: str) -> Path:
     """The path or URL ``text``, seen from a folder."""
-    found = path_of(text)
-    return found if found.is_absolute() else folder / found
+    return Path(os.path.normpath(folder / path_of(text)))
 
 
 def is_mirrored(path: Path) -> bool:
     """Whether the path stands for a URL."""
-    return _MIRROR in path.parts
+    return _index(path.parts) is not None
 
 
 def shown(text: object) -> str:
-    """A path or a sentence as users read it: with the URL in the place of a path in the mirror."""
-    return _MIRRORED.sub(lambda found: _show(unquote(found[1])), str(text))
+    """A path or a sentence as users read it: with URLs, but for their settings, in the place of paths in the mirror."""
+    short = str(text).replace(f"{_cache()}/{_MIRROR}/", f"/{_MIRROR}/")  # the name of the cache may hold spaces
+    return _MIRRORED.sub(lambda found: _show(unquote(found[1])), short)
 
 
 def exists(path: Path) -> bool:
     """Whether there is such a file or folder.
 
     Raises:
-        StorageError: The server does not answer, as of all that is here.
+        UnreachableError: The server does not answer, as of all that is here.
     """
     return _stat(path) is not None if is_mirrored(path) else path.exists()
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is something there that is no folder."""
+    if is_mirrored(path):
+        found = _stat(path)
+        return found is not None and not found.is_folder
+    return os.path.lexists(path) and not os.path.isdir(path)
+
+
+def make_here(folder: Path) -> None:
+    """Make the folder on this node if it stands for a URL; any other was made by one node and is seen by all."""
+    if is_mirrored(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def names(folder: Path) -> list[str]:
     """The names of all that is in a folder, sorted; none where there is no such folder."""
     if not is_mirrored(folder):
-        return sorted(os.listdir(folder)) if folder.is_dir() else []
+        try:
+            return sorted(os.listdir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
     from spice_ray.readers import remote
 
     with _reporting(folder):
@@ -168,12 +201,17 @@ def read_copy(file: Path) -> bytes:
     # One that cannot be kept is read from the server every time.
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        disk = shutil.disk_usage(file.parent)
-        if disk.free - len(content) > _SPARE * disk.total:
-            temporary = temporary_of(file)
-            temporary.write_bytes(content)
-            _keep(temporary, file, found)
+        if has_room(file.parent, len(content)):
+            with _temporary(file) as temporary:
+                temporary.write_bytes(content)
+                _keep(temporary, file, found)
     return content
+
+
+def has_room(folder: Path, num_bytes: int) -> bool:
+    """Whether the disk has so much room that a tenth of it stays free."""
+    disk = shutil.disk_usage(folder)
+    return disk.free - num_bytes > _SPARE * disk.total
 
 
 def open_input(file: Path) -> "pa.NativeFile":
@@ -195,13 +233,14 @@ def deliver(temporary: Path, file: Path, *, keep: bool = True) -> None:
         return
     from spice_ray.readers import remote
 
-    with _reporting(file):
-        remote.upload(temporary, _place(file))
-        if not keep:
-            temporary.unlink()
-            return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _keep(temporary, file, remote.stat(_place(file)))
+    try:
+        with _reporting(file):
+            remote.upload(temporary, _place(file))
+            if keep:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                _keep(temporary, file, remote.stat(_place(file)))
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def deliver_folder(staging: Path, folder: Path, last: str) -> None:
@@ -221,7 +260,7 @@ def send(file: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, and the server's."""
+    """Remove a file or a folder, and the server's as far as it lets one: what is over needs no more than room."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -229,13 +268,14 @@ def remove(path: Path) -> None:
     if is_mirrored(path):
         from spice_ray.readers import remote
 
-        with _reporting(path):
+        with suppress(remote.RemoteError):
             remote.delete(_place(path))
 
 
 def staging_of(root: Path) -> Path:
     """Where what will be in the folder ``root`` is made, on the same disk."""
-    return Path(*(_STAGING if part == _MIRROR else part for part in root.parts))
+    at = _index(root.parts)
+    return root if at is None else Path(*root.parts[:at], _STAGING, *root.parts[at + 1 :])
 
 
 def storage_of(folder: Path) -> dict[str, Any]:
@@ -251,15 +291,24 @@ def storage_of(folder: Path) -> dict[str, Any]:
 
 def _cache() -> Path:
     named = os.environ.get("SPICE_RAY_CACHE")
-    return Path(os.path.abspath(named)) if named else Path(tempfile.gettempdir()) / f"spice-ray-{os.getuid()}"
+    # Not tempfile's, which writes a file to try it.
+    folder = named or f"{os.environ.get('TMPDIR', '/tmp')}/spice-ray-{os.getuid()}"
+    return Path(os.path.abspath(folder))
+
+
+def _index(parts: tuple[str, ...]) -> int | None:
+    """Where the mirror is in a path, None in one that stands for no URL: the folder of a server is behind it."""
+    found = (at for at in range(len(parts) - 1) if parts[at] == _MIRROR and "%3A%2F%2F" in parts[at + 1])
+    return next(found, None)
 
 
 def _place(path: Path) -> "Place":
     from spice_ray.readers.places import Place
 
-    at = path.parts.index(_MIRROR)
-    server, *rest = path.parts[at + 1 :]
-    return Place("/".join(rest), unquote(server))
+    parts = Path(os.path.normpath(path)).parts
+    at = _index(parts)
+    assert at is not None
+    return Place("/".join(parts[at + 2 :]), unquote(parts[at + 1]))
 
 
 def _show(server: str) -> str:
@@ -278,21 +327,30 @@ def _stat(path: Path) -> "RemoteFile | None":
 def _is_copy(file: Path, found: "RemoteFile") -> bool:
     try:
         held = file.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    return held.st_size == found.size and held.st_mtime_ns == (found.mtime_ns or 0)
+    # Some servers tell no times: then nobody knows.
+    return held.st_size == found.size and held.st_mtime_ns == found.mtime_ns
 
 
 def _fetch(file: Path, found: "RemoteFile") -> None:
     from spice_ray.readers import remote
 
+    with _temporary(file) as temporary:
+        remote.download(_place(file), temporary)
+        if found.size is not None and temporary.stat().st_size != found.size:
+            raise remote.RemoteError("it changed or ended while it was read")
+        _keep(temporary, file, found)
+
+
+@contextmanager
+def _temporary(file: Path) -> Iterator[Path]:
+    """A file beside another, gone afterwards unless it was given that one's name."""
     temporary = temporary_of(file)
     try:
-        remote.download(_place(file), temporary)
-        _keep(temporary, file, found)
-    except BaseException:
+        yield temporary
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def _keep(temporary: Path, file: Path, found: "RemoteFile | None") -> None:
@@ -304,10 +362,18 @@ def _keep(temporary: Path, file: Path, found: "RemoteFile | None") -> None:
 
 @contextmanager
 def _reporting(path: Path) -> Iterator[None]:
+    from spice_ray.readers.remote import RemoteError
+
     try:
         yield
+    except RemoteError as error:
+        raise UnreachableError(
+            f"{path} cannot be reached ({error}); see that every node reaches the server and may write there, then run "
+            "the same command again"
+        ) from error
     except OSError as error:
+        at = _index(path.parts)
         raise StorageError(
-            f"{path} cannot be reached ({error.strerror or error}); see that every node reaches the server and may "
-            "write there, then run the same command again"
+            f"{Path(*path.parts[:at])} cannot hold the copy of {path} ({error.strerror or error}); free some space "
+            "there, or name another folder of every node by SPICE_RAY_CACHE"
         ) from error

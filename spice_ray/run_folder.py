@@ -14,7 +14,6 @@ checkpoints/, progress/   of stages under way; may be deleted
 """
 
 import fcntl
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -212,7 +211,7 @@ def check_folder(path: Path) -> None:
     """
     if re.match("[a-z][a-z0-9+.-]+:/", str(path)):
         raise StorageError(f"{path} is a URL that was taken for a path; give what spice_ray.mirror.path_of makes of it")
-    if os.path.lexists(path) and not os.path.isdir(path):
+    if mirror.is_file(path):
         raise StorageError(f"{path} is a file; choose a folder to write to")
 
 

@@ -1,5 +1,6 @@
 """Finished image shards, found and checked against a recipe without reading an image."""
 
+import os
 from pathlib import Path
 
 from spice_ray import mirror
@@ -43,15 +44,20 @@ def find_shards(path: Path) -> tuple[Artifact, Artifact | None] | None:
 
 def holds_shards(path: Path) -> bool:
     """Whether ``path`` is a folder of image shards, or one that holds some, finished or not."""
-    if mirror.is_mirrored(path):  # where a folder of millions of images is not listed just for that
-        return mirror.exists(path / (MANIFEST if path.name.startswith(f"{SHARDS}-") else _INGESTED))
-    return path.is_dir() and (path.name.startswith(f"{SHARDS}-") or bool(_of_kind(path, SHARDS)))
+    is_shards = path.name.startswith(f"{SHARDS}-")
+    if mirror.is_mirrored(path) and path.name != "artifacts":
+        # A folder of millions of images is not listed just for that.
+        return mirror.exists(path / (MANIFEST if is_shards else _INGESTED))
+    try:
+        return os.path.isdir(path) if is_shards else bool(_of_kind(path, SHARDS))
+    except OSError:
+        return False  # whoever opens it says what is wrong with it
 
 
-def note_shards(folder: Path, shards: Artifact) -> None:
-    """Make it known on a server that ``folder`` holds shards."""
+def note_ingest(folder: Path, image_size: int | None, seed: int) -> None:
+    """Make it known on a server, before there are any, that ``folder`` holds shards."""
     if mirror.is_mirrored(folder):
-        write_json(folder / _INGESTED, {"shards": shards.fingerprint})
+        write_json(folder / _INGESTED, {"image_size": image_size, "seed": seed})
 
 
 def check_shards(recipe: Recipe, shards: Artifact) -> None:

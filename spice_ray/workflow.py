@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from spice_ray import mirror
 from spice_ray.config import ImageRecipe, Recipe, Scale
 from spice_ray.contracts import HEADS, JOINT
-from spice_ray.errors import ConfigError, DamagedError, DataError, StorageError
+from spice_ray.errors import ConfigError, DamagedError, DataError, SpiceError, StorageError
 from spice_ray.image_counts import check_count
 from spice_ray.recipe import (
     check_key,
@@ -32,7 +32,7 @@ from spice_ray.run_folder import (
 )
 from spice_ray.runtime.cluster import check_cluster, check_local_cpus, connected, grown
 from spice_ray.runtime.progress import Reporter
-from spice_ray.shards import check_form, check_kind, check_shards, find_shards, holds_shards, note_shards
+from spice_ray.shards import check_form, check_kind, check_shards, find_shards, holds_shards, note_ingest
 from spice_ray.storage import Artifact, open_artifact, reporting_disk_errors
 from spice_ray.sweep import Sweep, any_trial, check_trials, refuse_sweep
 from spice_ray.sweep_report import write_sweep_report
@@ -199,10 +199,9 @@ def ingest(
     with reporting_disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
+    note_ingest(out, image_size, seed)
     with connected(scale, verbose=verbose):
-        shards = _ingest(source, Path(os.path.abspath(out)), image_size, seed, reporter)[0]
-    note_shards(out, shards)
-    return shards
+        return _ingest(source, Path(os.path.abspath(out)), image_size, seed, reporter)[0]
 
 
 def predict(
@@ -282,7 +281,7 @@ def _finished_model(run: Path, overrides: list[str]) -> tuple[Recipe, Artifact]:
     scale = read_scale(overrides, "is settled by the run")
     recipe = check_recipe(record["recipe"]).model_copy(update={"scale": scale})
     kind = JOINT if isinstance(recipe, ImageRecipe) else HEADS
-    root = Path(os.path.abspath(run)) / record["artifacts_root"]  # workers have working directories of their own
+    root = mirror.joined(Path(os.path.abspath(run)), record["artifacts_root"])  # workers may be in other folders
     model = open_artifact(root, kind, record["artifacts"][kind])
     if model is None:
         raise DataError(f"{root} lacks {kind}-{record['artifacts'][kind]}; run the same command again to make it")
@@ -331,7 +330,10 @@ def cluster(
         f"{key}={json.dumps(value)}" for key, value in {**(overrides or {}), "num_clusters": num_clusters}.items()
     ]
     folder = mirror.path_of(out)
-    run(prepare(load_recipe(recipe, settings), data, folder), reporter or ConsoleReporter())
+    try:
+        run(prepare(load_recipe(recipe, settings), data, folder), reporter or ConsoleReporter())
+    except SpiceError as error:
+        raise type(error)(mirror.shown(error)) from error
     return pq.read_table(mirror.local(folder / "assignments.parquet"))
 
 

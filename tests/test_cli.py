@@ -148,6 +148,7 @@ REFUSED = {
     "malformed recipe": (["run", "{here}/malformed.yaml", *RUN[2:]], "malformed.yaml is not valid YAML (while parsing"),
     "no section": (["run", "{here}/section.yaml", *RUN[2:], "heads.count=2"], "heads=3 cannot be used: heads is a"),
     "unknown key": ([*RUN, "pretrain.temprature=1"], "'pretrain.temprature'; did you mean 'pretrain.temperature'?"),
+    "demo into its own folder": (["demo", "heads.count"], "override 'heads.count' is not of the form key=value"),
     "no equals sign": ([*RUN, "heads.count"], "override 'heads.count' is not of the form key=value"),
     "no YAML": ([*RUN, "seed=2024-13-45"], "the value of override 'seed=2024-13-45' is not valid YAML"),
     "confidence": ([*RUN, "joint.confidence=1.5"], "joint.confidence=1.5 cannot be used: input should be less than 1"),
@@ -168,7 +169,7 @@ REFUSED = {
     "out with a key": (run_into("s3://key:secret@bucket/run"), "the URL of s3://bucket/run holds a key; leave it out"),
     "out without a server": (
         run_into("s3://bucket/run?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"),
-        "s3://bucket/run/run.json cannot be reached (",
+        "s3://bucket/run cannot be reached (",
     ),
     "damaged record": (run_into("{here}/damaged"), "{here}/damaged/run.json cannot be read as JSON; restore it"),
     # Sweeps.

@@ -3,12 +3,15 @@
 Credentials and endpoints are those that the libraries find in the environment, or stand in the URL as they take them.
 """
 
+import io
 import shutil
+import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from spice_ray.readers import web
 from spice_ray.readers.places import Place, explain
@@ -138,8 +141,7 @@ def write(place: Place, content: bytes) -> None:
     Raises:
         RemoteError: It cannot be written.
     """
-    with _output(place) as stream:
-        stream.write(content)
+    _write(place, io.BytesIO(content))
 
 
 def upload(file: Path, place: Place) -> None:
@@ -147,20 +149,28 @@ def upload(file: Path, place: Place) -> None:
 
     Raises:
         RemoteError: It cannot be written.
-        OSError: ``file`` cannot be read.
+        OSError: ``file`` cannot be opened.
     """
-    with file.open("rb") as content, _output(place) as stream:
-        shutil.copyfileobj(content, stream, _BUFFER_BYTES)
+    with file.open("rb") as content:
+        _write(place, content)
 
 
 def download(place: Place, file: Path) -> None:
     """Make a local copy of a file.
 
     Raises:
-        RemoteError: It cannot be read, or ``file`` not be written.
+        RemoteError: It cannot be read.
+        OSError: ``file`` cannot be written.
     """
-    with reporting(), open_stream(place) as content, file.open("wb") as stream:
-        shutil.copyfileobj(content, stream, _BUFFER_BYTES)
+    with open_stream(place) as content, file.open("wb") as stream:
+        while piece := _piece_of(content):
+            stream.write(piece)
+
+
+def _piece_of(content: "pa.NativeFile") -> bytes:
+    with reporting():
+        piece: bytes = content.read(_BUFFER_BYTES)
+        return piece
 
 
 def delete(place: Place) -> None:
@@ -178,14 +188,24 @@ def delete(place: Place) -> None:
             system.delete_file(path)
 
 
-@contextmanager
-def _output(place: Place) -> Iterator["pa.NativeFile"]:
-    with reporting():
-        system, path = locate(place)
-        if not place.server.startswith(_OBJECT_STORES):  # which have no folders
-            system.create_dir(path.rpartition("/")[0], recursive=True)
+def _write(place: Place, content: IO[bytes]) -> None:
+    """Write a file that nobody sees before it is whole."""
+    with reporting(), ThreadPoolExecutor(1) as pool:
+        # An interrupt would end the file where it is, and reaches the main thread alone.
+        pool.submit(_copy, *locate(place), content, place.server.startswith(_OBJECT_STORES)).result()
+
+
+def _copy(system: "FileSystem", path: str, content: IO[bytes], is_object_store: bool) -> None:
+    if is_object_store:  # which has no folders, and shows what is complete
         with system.open_output_stream(path, compression=None) as stream:
-            yield stream
+            shutil.copyfileobj(content, stream, _BUFFER_BYTES)
+        return
+    folder, _, name = path.rpartition("/")
+    temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}"
+    system.create_dir(folder, recursive=True)
+    with system.open_output_stream(temporary, compression=None) as stream:
+        shutil.copyfileobj(content, stream, _BUFFER_BYTES)
+    system.move(temporary, path)
 
 
 def _stat_web(place: Place) -> RemoteFile | None:
@@ -222,7 +242,7 @@ def _connect(server: str) -> tuple["FileSystem", str]:
         return system, root
     from fsspec.core import url_to_fs
 
-    system, root = url_to_fs(server)
+    system, root = url_to_fs(server, use_listings_cache=False)
     return PyFileSystem(FSSpecHandler(system)), root
 
 

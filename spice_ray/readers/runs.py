@@ -7,9 +7,11 @@ after a kill is taken over as it is.
 
 import bisect
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ NUM_BINS = 1 << 16
 """Keys are counted by their first two bytes."""
 _BATCH_BYTES = 1 << 20
 """What is read of a run at once, at the most: a part takes a few of its batches."""
+_REQUESTS_AT_A_TIME = 16
 _FIRST_BINS = b"first_bins"
 """In the schema of a run: the bin of the first row of each batch."""
 _LABEL_ROWS = pa.schema([("sample_id", pa.int64()), ("name", pa.string())])
@@ -81,7 +84,7 @@ def write_runs(chunk: Chunk, index: int, task: Task) -> dict[str, Any]:
     if mirror.exists(file):
         known: dict[str, Any] = read_json(file)
         return known
-    task.folder.mkdir(parents=True, exist_ok=True)
+    mirror.make_here(task.folder)
     record: dict[str, Any] = {"runs": [], "rows": 0, "rejects": [], "digest": 0}
     bins = Counter[int]()
     rows = read_rows(chunk, task.format, task.seed)
@@ -188,13 +191,13 @@ def merge_part(part: Part, runs: list[str], task: Task) -> dict[str, Any]:
         known: dict[str, Any] = read_json(record_file)
         return known
     for folder in (task.folder, task.parts):
-        folder.mkdir(parents=True, exist_ok=True)
+        mirror.make_here(folder)
     rows = _rows_of(part, runs, task)
     ids, column = pa.array(np.arange(part.first_id, part.first_id + part.rows), pa.int64()), task.format.column
     temporary = mirror.temporary_of(task.parts / name)
     table = pa.table([ids, rows["source"], rows["split"], rows["content"]], ["sample_id", "source", "split", column])
     crc32 = write_part(temporary, table)
-    mirror.deliver(temporary, task.parts / name)
+    mirror.deliver(temporary, task.parts / name, keep=mirror.has_room(task.parts, 0))
     labels = pa.table([ids, rows["label"]], _LABEL_ROWS).filter(rows["label"].is_valid())
     _write_labels(task.folder / f"labels-{part.number:05d}.arrow", labels)
     splits = dict(sorted(Counter(rows["split"].to_pylist()).items()))
@@ -211,16 +214,24 @@ def _write_labels(file: Path, labels: pa.Table) -> None:
     mirror.deliver(temporary, file, keep=False)
 
 
-def read_labels(folder: Path, part: int) -> pa.Table:
-    """Sample ids and names of the labels of a part's rows, those that have one."""
-    with mirror.open_input(folder / f"labels-{part:05d}.arrow") as file:
-        return pa.ipc.open_file(file).read_all()
+def read_labels(folder: Path, num_parts: int) -> pa.Table:
+    """``sample_id`` and ``name`` of the rows that have a label, in sample_id order."""
+
+    def read(part: int) -> pa.Table:
+        with mirror.open_input(folder / f"labels-{part:05d}.arrow") as file:
+            return pa.ipc.open_file(file).read_all()
+
+    with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as pool:
+        return pa.concat_tables(pool.map(read, range(num_parts))).combine_chunks()
 
 
 def _rows_of(part: Part, runs: list[str], task: Task) -> pa.Table:
     if part.rows == 0:
         return _run_schema(task.format).empty_table()
-    rows = pa.concat_tables(piece for name in runs for piece in read_slices(task.folder / name, part))
+    # A server is asked for many runs at once; those on a disk are only mapped.
+    with ThreadPoolExecutor(_REQUESTS_AT_A_TIME if mirror.is_mirrored(task.folder) else 1) as pool:
+        slices = pool.map(lambda name: list(read_slices(task.folder / name, part)), runs)
+        rows = pa.concat_tables(itertools.chain.from_iterable(slices))
     order = sorted(
         zip(
             rows["key"].to_pylist(),

@@ -31,13 +31,15 @@ from spice_ray.readers.rows import count_rows
 from spice_ray.readers.runs import NUM_BINS, Task, merge_part, plan_parts, read_labels, write_runs
 from spice_ray.runtime.progress import Done, Reporter
 from spice_ray.runtime.reading import prepare_context
-from spice_ray.storage import Artifact, fingerprint, publish, reporting_disk_errors
+from spice_ray.storage import Artifact, fingerprint, open_artifact, publish, reporting_disk_errors
 
 _RUN_BYTES = (8 << 20, 128 << 20)
 """A run holds at least so much, so that small sources are not cut to pieces, and at most so much memory is taken."""
 _NUM_RUNS = 512
 _PART_BYTES = (16 << 20, 64 << 20)
 _NUM_PARTS = 4096
+_LAYOUT = 2
+"""Of the folder that an interrupted ingest leaves."""
 # The number of parts is a multiple of this, so that 16, 8, 4, 2 lanes or 1 own equally many files.
 _PARTS_MULTIPLE = 16
 # Images of this side and more are kept as they came where that takes an eighth of the room or less.
@@ -91,12 +93,13 @@ def ingest(
             mirror.remove(task.folder)
             raise DataError(_nothing_read(read.rejects))
         print_ = fingerprint(SHARDS, {**_size(task.format), "seed": seed}, [read.digest])
-        if mirror.is_mirrored(root):  # where moving is as much work as writing
+        known = open_artifact(root, SHARDS, print_)
+        if mirror.is_mirrored(root) and known is None:  # where moving is as much work as writing
             task = task._replace(shards=root / f"{SHARDS}-{print_}")
         with reporter.stage("ingest: writing shards", "files") as show:
             files = _write_parts(read, task, lambda done, total: show(Done(done, total, None)))
-        labels = _labels(task.folder, len(files))
-        shards = _publish_shards(root, print_, task, read, files)
+        labels = read_labels(task.folder, len(files))
+        shards = known or _publish_shards(root, print_, task, read, files)
         found = _publish_labels(root, shards.fingerprint, labels)
         mirror.remove(task.folder)
         return shards, found
@@ -108,7 +111,12 @@ def _plan(source: Source, root: Path, image_size: int | None, seed: int) -> Task
     format_ = _format(source, image_size, count)
     least, most = _RUN_BYTES
     run_bytes = most if count is None else min(most, max(least, count * format_.row_bytes // _NUM_RUNS))
-    made_of = {"listing": source.listing_digest(), "labels": source.labels_known, "run_bytes": run_bytes}
+    made_of = {
+        "layout": _LAYOUT,
+        "listing": source.listing_digest(),
+        "labels": source.labels_known,
+        "run_bytes": run_bytes,
+    }
     print_ = fingerprint("ingest", {**made_of, **format_._asdict(), "seed": seed}, [])
     return Task(root.resolve() / f".ingest-{print_}", format_, seed, run_bytes)
 
@@ -215,11 +223,6 @@ def _publish_shards(root: Path, print_: str, task: Task, read: _Read, files: lis
         }
 
     return publish(root, SHARDS, print_, write)
-
-
-def _labels(folder: Path, num_parts: int) -> pa.Table:
-    """``sample_id`` and ``name`` of the rows that have a label, in sample_id order."""
-    return pa.concat_tables(read_labels(folder, part) for part in range(num_parts)).combine_chunks()
 
 
 def _publish_labels(root: Path, shards: str, rows: pa.Table) -> Artifact | None:

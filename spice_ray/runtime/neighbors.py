@@ -128,7 +128,7 @@ class PartFinder:
         job = self._job
         found, _ = self._search.find(start, min(start + job.part_rows, len(job.train_ids)))
         with reporting_disk_errors(job.parts):
-            job.parts.mkdir(parents=True, exist_ok=True)
+            mirror.make_here(job.parts)
             file = job.part(start)
             unfinished = file.with_suffix(".unfinished")
             with unfinished.open("wb") as stream:
@@ -159,7 +159,7 @@ def make_lists(job: NeighborJob) -> None:
     assert job.lists_key is not None
     rows = TrainRows(job.file, job.train_ids)
     with reporting_disk_errors(job.parts):
-        job.parts.mkdir(parents=True, exist_ok=True)
+        mirror.make_here(job.parts)
         index = build_lists(rows, job.lists_key)
         unfinished = job.lists.with_suffix(".unfinished")
         try:
@@ -198,6 +198,8 @@ def find_neighbors(job: NeighborJob, scale: Scale, tell: Callable[[int, int], No
     Raises:
         StorageError: The disk refused.
     """
+    with reporting_disk_errors(job.parts):
+        job.parts.mkdir(parents=True, exist_ok=True)
     total = len(job.train_ids)
     missing = [start for start in job.starts if not job.is_found(start)]
     done = total - sum(min(job.part_rows, total - start) for start in missing)

@@ -247,7 +247,7 @@ class Pipeline(ABC):
             artifacts={**prints, LABELS: self.labels.fingerprint if self.labels else None},
             damaged=sorted(self.damaged),
             # Shards of this run's own move with it; others stay where they are.
-            shards_root=os.path.relpath(root, self.run.path.resolve()) if root == own else mirror.shown(root),
+            shards_root=os.path.relpath(root, self.run.path.resolve()) if root == own else mirror.url_of(root),
         )
         return result
 

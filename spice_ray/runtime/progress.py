@@ -4,11 +4,12 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 from spice_ray import mirror
+from spice_ray.errors import UnreachableError
 from spice_ray.storage import write_json
 
 Result = TypeVar("Result")
@@ -64,19 +65,21 @@ class ProgressWriter:
         if now < self._next and done < total:
             return
         self._next = now + self._seconds
-        write_json(self._file, {"done": done, "total": total, "loss": loss})
+        with suppress(UnreachableError):  # the next one may be seen
+            write_json(self._file, {"done": done, "total": total, "loss": loss})
 
 
 def read_progress(folder: Path) -> Done | None:
     """The sum over the processes that wrote into ``folder``, or None where none has yet."""
     states = []
-    for name in mirror.names(folder):
-        if not name.endswith(".json") or name.startswith("."):
-            continue
-        try:
-            states.append(json.loads(mirror.read_bytes(folder / name)))
-        except (OSError, ValueError):
-            continue  # replaced while it was read: the next look finds it
+    with suppress(UnreachableError):
+        for name in mirror.names(folder):
+            if not name.endswith(".json") or name.startswith("."):
+                continue
+            try:
+                states.append(json.loads(mirror.read_bytes(folder / name)))
+            except (OSError, ValueError):
+                continue  # replaced while it was read: the next look finds it
     if not states:
         return None
     return Done(sum(s["done"] for s in states), sum(s["total"] for s in states), states[0]["loss"])

@@ -13,7 +13,7 @@ from torch import nn
 from spice_ray import mirror
 from spice_ray.config import Scale
 from spice_ray.core import collectives
-from spice_ray.errors import DamagedError, SpiceError, StorageError, TrainingError
+from spice_ray.errors import DamagedError, SpiceError, StorageError, TrainingError, UnreachableError
 from spice_ray.runtime.cluster import find_spice_error, num_workers
 from spice_ray.runtime.memory import image_budget
 from spice_ray.runtime.train_progress import ERROR_FILE, TrainProgress, leave_error
@@ -43,7 +43,8 @@ def _work(config: dict[str, Any]) -> None:
     except (SpiceError, ray.exceptions.RayError) as error:
         # What went wrong in a task that reads comes wrapped.
         ours = find_spice_error(error)
-        if ours is None or not _is_seen(folder):
+        # A server may answer the next try.
+        if ours is None or isinstance(ours, UnreachableError) or not _is_seen(folder):
             raise
         leave_error(folder, ours, damaged=isinstance(ours, DamagedError))
         if collectives.world_size() > 1:

@@ -17,7 +17,7 @@ from torch import Tensor
 from spice_ray import mirror
 from spice_ray.contracts import Health
 from spice_ray.core import collectives
-from spice_ray.errors import StorageError, TrainingError
+from spice_ray.errors import StorageError, TrainingError, UnreachableError
 from spice_ray.runtime.progress import ProgressWriter
 from spice_ray.storage import write_json
 
@@ -151,7 +151,8 @@ class TrainProgress:
                 f"the checkpoint {folder} was not written ({' '.join(str(error).split())}); make room there and run "
                 "the same command again"
             )
-            leave_error(self._folder, refused)
+            if not mirror.is_mirrored(self._folder):  # a server may take the next one
+                leave_error(self._folder, refused)
             raise refused from error
         self._written.set()
         return ray.train.Checkpoint(folder, system)
@@ -174,7 +175,8 @@ def on_cpu(state: Any) -> Any:
 
 
 def _write_table(file: Path, columns: list[str], lines: Iterable[str]) -> None:
-    mirror.write_bytes(file, "\n".join([",".join(columns), *lines, ""]).encode())
+    with suppress(UnreachableError):
+        mirror.write_bytes(file, "\n".join([",".join(columns), *lines, ""]).encode())
 
 
 def _read_state(file: Path) -> dict[str, Any]:
