@@ -11,7 +11,7 @@ import torch
 
 from spice_ray import mirror
 from spice_ray.core.order import stream_key
-from spice_ray.errors import StorageError
+from spice_ray.errors import StorageError, UnreachableError
 
 
 class HeadProgress:
@@ -39,7 +39,8 @@ class HeadProgress:
         """Show progress; save a checkpoint when one is due."""
         self._tell(self._num_heads * num_epochs)
         if time.monotonic() >= self._due:
-            _write(snapshot(), self._file)
+            with suppress(UnreachableError):  # a server may take the next one
+                _write(snapshot(), self._file)
             self._due = time.monotonic() + self._seconds
 
 

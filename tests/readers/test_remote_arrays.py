@@ -14,12 +14,12 @@ import pytest
 from spice_ray.readers import files
 from spice_ray.readers.source import open_source, read_chunk
 from tests.readers.answering import serving
-from tests.readers.conftest import S3
 from tests.readers.counting_server import counting
 from tests.readers.embedding_files import FIXED, lists, saved, table
 from tests.readers.embedding_files import counted as numbers
 from tests.readers.reading import reasons, same_source, summary
 from tests.readers.sample_files import refused
+from tests.servers import S3
 
 
 def counted(*shape: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -11,12 +11,12 @@ from spice_ray.readers.source import open_source, read_chunk
 from spice_ray.recipe import load_recipe
 from spice_ray.workflow import prepare
 from tests.readers.cifar_files import put_binary_cifar10, put_cifar100, put_python_cifar10
-from tests.readers.conftest import S3
 from tests.readers.counting_server import counting
 from tests.readers.reading import reasons, records, same_source
 from tests.readers.sample_files import png, refused
 from tests.readers.stl10_files import put_stl10
 from tests.readers.synset_files import IMAGENET10, jpeg, put_imagenet, put_tiny_imagenet
+from tests.servers import S3
 
 LAYOUTS = [put_python_cifar10, put_binary_cifar10, put_cifar100, put_stl10, put_tiny_imagenet]
 

@@ -10,7 +10,6 @@ from spice_ray.readers import files
 from spice_ray.readers import web as web_reader
 from spice_ray.readers.source import Unreadable, open_source
 from tests.readers.answering import answering, serving
-from tests.readers.conftest import S3
 from tests.readers.sample_files import (
     IMAGES,
     contents,
@@ -23,6 +22,7 @@ from tests.readers.sample_files import (
     summary,
     tar_bytes,
 )
+from tests.servers import S3
 
 GONE = Unreadable("the file cannot be read: No such file or directory")
 
