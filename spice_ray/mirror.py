@@ -39,15 +39,15 @@ _SPARE = 0.1
 """Of a disk, which copies of what is read again and again leave free."""
 
 
-def path_of(text: str) -> Path:
-    """The path of a local folder, or the one in the mirror that stands for a URL.
+def path_of(text: str | Path) -> Path:
+    """The path of a local folder, or the one in the mirror that stands for a URL; of a path itself.
 
     Raises:
         StorageError: A web server, which nobody can write to, or a URL that holds a key or leads out of its bucket.
     """
     from spice_ray.readers.places import is_url, place_of
 
-    text = os.fspath(text)  # a command's default is a path already
+    text = str(text)
     if not is_url(text):
         return Path(text)
     place = place_of(text)
@@ -135,8 +135,7 @@ def read_bytes(file: Path) -> bytes:
         return file.read_bytes()
     from spice_ray.readers import remote
 
-    if _stat(file) is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
+    _stat_file(file)
     with _reporting(file):
         return remote.read(_place(file), _LARGEST_RECORD)
 
@@ -149,14 +148,9 @@ def write_bytes(file: Path, content: bytes) -> None:
         with _reporting(file):
             remote.write(_place(file), content)
         return
-    temporary = temporary_of(file)
-    try:
+    with _temporary(file) as temporary:
         temporary.write_bytes(content)
         os.replace(temporary, file)
-    except BaseException:
-        with suppress(OSError):  # what could not be written may not be there to remove
-            temporary.unlink()
-        raise
 
 
 def temporary_of(file: Path) -> Path:
@@ -191,9 +185,7 @@ def read_copy(file: Path) -> bytes:
         return file.read_bytes()
     from spice_ray.readers import remote
 
-    found = _stat(file)
-    if found is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
+    found = _stat_file(file)
     if _is_copy(file, found):
         return file.read_bytes()
     with _reporting(file):
@@ -324,6 +316,13 @@ def _stat(path: Path) -> "RemoteFile | None":
         return remote.stat(_place(path))
 
 
+def _stat_file(file: Path) -> "RemoteFile":
+    found = _stat(file)
+    if found is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
+    return found
+
+
 def _is_copy(file: Path, found: "RemoteFile") -> bool:
     try:
         held = file.stat()
@@ -350,7 +349,8 @@ def _temporary(file: Path) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what could not be written may not be there to remove
+            temporary.unlink()
 
 
 def _keep(temporary: Path, file: Path, found: "RemoteFile | None") -> None:

@@ -43,7 +43,10 @@ def find_shards(path: Path) -> tuple[Artifact, Artifact | None] | None:
 
 
 def holds_shards(path: Path) -> bool:
-    """Whether ``path`` is a folder of image shards, or one that holds some, finished or not."""
+    """Whether ``path`` is a folder of image shards, or one that holds some, finished or not.
+
+    On a server it is a finished one, or the ``artifacts`` of a run, or a folder that images were ingested into.
+    """
     is_shards = path.name.startswith(f"{SHARDS}-")
     if mirror.is_mirrored(path) and path.name != "artifacts":
         # A folder of millions of images is not listed just for that.
