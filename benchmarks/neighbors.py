@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from machine import surroundings, write_results
 from tables import print_table
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    threadpool_limits(1)
     print(surroundings())
     found = measure(options)
     print_table(

@@ -15,11 +15,12 @@ Shapes: N rows, D embedding width, k neighbours, b rows of a query block, t rows
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-QUERIES = 1024
+QUERIES = 512
 """b, at most."""
 _GROUP = 16
 """Columns of a group, each a tile's sixteenth apart from the next."""
@@ -70,11 +71,10 @@ class Candidates(NamedTuple):
     """E, float32, (b, 1)."""
 
 
-def cheap_dtype() -> torch.dtype | None:
-    """The type in which products are cheap on this processor; None where those in float32 are not what they say."""
-    if torch.backends.mkldnn.is_available() and torch.cpu.get_capabilities().get("amx_bf16", False):
-        return torch.bfloat16
-    return torch.float32 if torch.get_float32_matmul_precision() == "highest" else None
+def cheap_dtype() -> torch.dtype:
+    """The type in which products are cheap on this processor."""
+    has_tiles = torch.backends.mkldnn.is_available() and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.bfloat16 if has_tiles else torch.float32
 
 
 class CandidateBank:
@@ -153,7 +153,7 @@ class CandidateBank:
         """Those to a tile, in the cheap type, (b, t); -inf for the query itself, and where the tile has no row."""
         number = start // self._tile
         tile = self._kept[number] if self._kept else self._cheap_tile(self._take(slice(start, start + self._tile)))
-        similarities = torch.mm(queries, tile.T, out=self._space[: len(queries)])
+        similarities = _product(queries, tile.T, self._space[: len(queries)])
         similarities[:, self._num_rows - start :] = -torch.inf
         own = torch.arange(first, first + len(queries))
         own = own[(own >= start) & (own < start + self._tile)]
@@ -163,6 +163,14 @@ class CandidateBank:
     def _cheap_tile(self, rows: Tensor) -> Tensor:
         """In the cheap type, with zeros where the last tile has no row, (t, D)."""
         return F.pad(rows.to(self._dtype), (0, 0, 0, self._tile - len(rows)))
+
+
+def _product(queries: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    if out.dtype == torch.float32:
+        # numpy's OpenBLAS, as torch's MKL has slower code for processors of other makers than its own.
+        np.matmul(queries.numpy(), rows.numpy(), out=out.numpy())
+        return out
+    return torch.mm(queries, rows, out=out)
 
 
 def _tile_of(num_rows: int, width: int) -> int:

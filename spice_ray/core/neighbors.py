@@ -47,7 +47,7 @@ Rows = Tensor | NDArray[Any] | ChosenRows
 
 _ROUNDER = 1.5 * (1 << 26)
 """What is added to it in float64 is rounded to a multiple of 2^-26."""
-_MANY_ROWS = 1 << 14
+_MANY_ROWS = 1 << 11
 """From so many on candidates are the faster way."""
 _KEPT_BYTES = 256 << 20
 """Rows on the grid that are kept; those of more are rounded whenever they are looked at."""
@@ -83,10 +83,9 @@ class NeighborSearch:
         self._embeddings, self._k, self._block, self._device = embeddings, k, block, device
         self._grid: Tensor | None = None
         self._bank: CandidateBank | None = None
-        cheap = cheap_dtype() if self._may_use_candidates() else None
-        if cheap is not None:
+        if self._may_use_candidates():
             self._grid = self._kept_grid()
-            self._bank = CandidateBank(self._rows, len(embeddings), cheap)
+            self._bank = CandidateBank(self._rows, len(embeddings), cheap_dtype())
 
     def find(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The neighbours of the rows from ``start`` to ``stop``, the same to the bit whoever asks for the others.

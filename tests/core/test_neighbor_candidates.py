@@ -86,12 +86,11 @@ def test_no_cheap_product_is_farther_off_than_the_error_and_its_own_rounding(dty
         assert float(error.max()) < {torch.bfloat16: 0.005, torch.float32: 1e-3}[dtype]
 
 
-def test_float32_products_that_may_be_less_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_in_float32_are_not_less_where_torch_may_round_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert cheap_dtype() == torch.float32
     torch.set_float32_matmul_precision("medium")
     try:
-        assert cheap_dtype() is None
         rows = random_rows(17_000, 8)
         assert torch.equal(NeighborSearch(rows, 3).find(5, 9)[0], slow_neighbors(rows, 5, 9, 3)[0])
     finally:
@@ -135,6 +134,17 @@ def test_neighbors_of_many_rows_are_those_of_a_whole_float64_product(k: int) -> 
     assert torch.equal(similarities, values)
     tied, _ = NeighborSearch(rows, k).find(15_000, 15_100)
     assert tied[:, 0].tolist() == list(range(100))
+
+
+@pytest.mark.parametrize("num_rows", [2047, 2048, 2049])
+def test_neighbors_of_as_many_rows_as_are_just_many(num_rows: int) -> None:
+    rows = random_rows(num_rows, 16)
+    rows[-1] = rows[7]
+    for k in (1, 31, 32, 33):
+        ids, similarities = NeighborSearch(rows, k).find(num_rows - 30, num_rows)
+        expected, values = slow_neighbors(rows, num_rows - 30, num_rows, k)
+        assert torch.equal(ids, expected)
+        assert torch.equal(similarities, values)
 
 
 def test_many_rows_that_are_all_alike_are_compared_one_and_all() -> None:
