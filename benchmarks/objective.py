@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from scipy.stats import spearmanr
 from tables import print_table
 
 from spice_ray.contracts import EMBEDDING, LABELS, SHARDS
+from spice_ray.core.consensus import align
 from spice_ray.core.metrics import clustering_accuracy
 from spice_ray.core.neighbors import exact_neighbors
 from spice_ray.core.objectives import negative_mutual_information, neighbor_disagreement
@@ -53,11 +54,12 @@ NEIGHBORS = 20
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial's classifier says of all images."""
+    """What a trial's classifier says of all images, and its other heads where that is one of them."""
 
     logits: torch.Tensor
     own: torch.Tensor
     frozen: torch.Tensor
+    others: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def labels(self) -> torch.Tensor:
@@ -81,6 +83,13 @@ def unguarded(trial: Trial, features: torch.Tensor) -> float:
     return float((trial.labels[nearest] != trial.labels[:, None]).double().mean())
 
 
+def instability(trial: Trial) -> float:
+    """The share of images that another head puts elsewhere than the chosen one, on average over the others."""
+    num_clusters, chosen = trial.logits.shape[1], trial.labels.numpy()
+    found = [other.argmax(dim=1).numpy() for other in trial.others]
+    return float(np.mean([(align(chosen, other, num_clusters)[other] != chosen).mean() for other in found]))
+
+
 OBJECTIVES: dict[str, Callable[[Trial], float]] = {
     "unsupervised loss, own": lambda trial: unsupervised(trial, trial.own),
     "unsupervised loss, frozen": lambda trial: unsupervised(trial, trial.frozen),
@@ -89,6 +98,8 @@ OBJECTIVES: dict[str, Callable[[Trial], float]] = {
     "the same without the sizes, frozen": lambda trial: unguarded(trial, trial.frozen),
     "- mutual information": lambda trial: negative_mutual_information(trial.logits),
 }
+OF_HEADS = {"disagreement of the heads": instability}
+"""Of sweeps whose trials end with heads."""
 
 
 def seconds_of(command: list[str]) -> float:
@@ -123,8 +134,10 @@ def trial_of(run: Path, names: list[str], images: torch.Tensor, recipe: Any) -> 
     if joint is None:
         heads = artifact_of(run, names, "heads")
         assert heads is not None
-        logits = load_head(heads)(torch.from_numpy(np.load(embedding.file("plain.npy"))).float())
-        return Trial(logits, frozen, frozen)
+        plain = torch.from_numpy(np.load(embedding.file("plain.npy"))).float()
+        manifest = heads.manifest
+        others = [load_head(heads, n)(plain) for n in range(len(manifest["losses"])) if n != manifest["chosen"]]
+        return Trial(load_head(heads)(plain), frozen, frozen, others)
     found = predict(load_joint(joint).eval(), images, augmentation_of(recipe.image))
     return Trial(found.logits, torch.nn.functional.normalize(found.pooled, dim=1), frozen)
 
@@ -142,7 +155,8 @@ def judge(run: Path, sweep_file: Path, recipe: Any) -> list[dict[str, Any]]:
         if row["objective"] is None:
             continue
         trial = trial_of(run, row["artifacts"], images, recipe)
-        values = {name: objective(trial) for name, objective in OBJECTIVES.items()}
+        objectives = OBJECTIVES | OF_HEADS if trial.others else OBJECTIVES
+        values = {name: objective(trial) for name, objective in objectives.items()}
         found.append({"acc": clustering_accuracy(truth, trial.labels.numpy()), "asked": row["objective"], **values})
     return found
 
@@ -151,7 +165,7 @@ def compare(trials: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Of each objective: its rank correlation with accuracy, and the accuracy of the trial that it would choose."""
     accs = np.array([trial["acc"] for trial in trials])
     found = {}
-    for name in OBJECTIVES:
+    for name in (name for name in OBJECTIVES | OF_HEADS if name in trials[0]):
         values = np.array([trial[name] for trial in trials])
         found[name] = {
             "correlation": float(spearmanr(-values, accs).statistic),
@@ -190,7 +204,7 @@ def main() -> None:
     results = [measure(run, arguments.sweep) for run in arguments.runs]
     write_results({"sweep": arguments.sweep.name, "runs": results}, arguments.out)
     rows = []
-    for name in OBJECTIVES:
+    for name in results[0]["objectives"]:
         of_runs = [result["objectives"][name] for result in results]
         rows.append([name, *(f"{found['correlation']:.2f} / {100 * found['lost']:.1f}" for found in of_runs)])
     print_table(

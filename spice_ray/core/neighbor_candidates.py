@@ -35,8 +35,8 @@ _MOST_PAIRS = 1024
 alike for candidates to pay."""
 MOST_NEIGHBORS = _MOST_PAIRS // 2
 """k, at most."""
-_KEPT_BYTES = 256 << 20
-"""Cheap rows that are kept; of more, each block of queries rounds them anew."""
+_KEPT_BYTES = 512 << 20
+"""Cheap rows that are kept, in float32 those of the grid themselves; of more, each block of queries rounds them anew."""
 
 TakeRows = Callable[[slice | Tensor], Tensor]
 """Rows by number, float32, (n, D)."""
@@ -162,7 +162,8 @@ class CandidateBank:
 
     def _cheap_tile(self, rows: Tensor) -> Tensor:
         """In the cheap type, with zeros where the last tile has no row, (t, D)."""
-        return F.pad(rows.to(self._dtype), (0, 0, 0, self._tile - len(rows)))
+        cheap = rows.to(self._dtype)
+        return cheap if len(cheap) == self._tile else F.pad(cheap, (0, 0, 0, self._tile - len(cheap)))
 
 
 def _product(queries: Tensor, rows: Tensor, out: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ _ROUNDER = 1.5 * (1 << 26)
 """What is added to it in float64 is rounded to a multiple of 2^-26."""
 _MANY_ROWS = 1 << 11
 """From so many on candidates are the faster way."""
-_KEPT_BYTES = 256 << 20
+_KEPT_BYTES = 512 << 20
 """Rows on the grid that are kept; those of more are rounded whenever they are looked at."""
 
 

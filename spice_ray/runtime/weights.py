@@ -84,11 +84,12 @@ def load_encoder(artifact: Artifact) -> Encoder:
     return encoder
 
 
-def load_head(artifact: Artifact) -> ClusterHead:
-    """The chosen head of stage 2."""
+def load_head(artifact: Artifact, number: int | None = None) -> ClusterHead:
+    """A head of stage 2; the chosen one, if no other is asked for."""
     manifest = artifact.manifest
     head = ClusterHead(manifest["embed_dim"], manifest["num_clusters"], 0)
-    head.load_state_dict(load_weights(artifact.file(f"head-{manifest['chosen']:03d}.safetensors")))
+    chosen = manifest["chosen"] if number is None else number
+    head.load_state_dict(load_weights(artifact.file(f"head-{chosen:03d}.safetensors")))
     return head
 
 
