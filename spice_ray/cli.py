@@ -133,6 +133,18 @@ def evaluate(
 
 
 @app.command()
+def report(
+    run: Annotated[
+        Path, typer.Argument(parser=path_of, metavar="RUN", help="A finished run folder, or that of a sweep, or a URL.")
+    ],
+) -> None:
+    """Show the clusters of a run, without labels: their sizes and examples, as one page of HTML."""
+    from spice_ray.report.run import write_run_report
+
+    typer.echo(shown(write_run_report(run)))
+
+
+@app.command()
 def predict(
     run: Annotated[
         Path, typer.Argument(parser=path_of, metavar="RUN", help="A finished run folder, or that of a sweep, or a URL.")

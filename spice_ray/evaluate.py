@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from spice_ray.contracts import EMBEDDING, HEADS, LABELS, RELIABLE, SHARDS, TRAIN_SPLITS, ShardFile
 from spice_ray.core.metrics import clustering_accuracy, kmeans_labels, scores
 from spice_ray.errors import DataError, StorageError
-from spice_ray.mirror import joined, local
+from spice_ray.mirror import local
 from spice_ray.readers.parts import format_of, images_of, read_part
-from spice_ray.run_folder import read_finished
-from spice_ray.storage import Artifact, open_artifact, read_json, write_json
+from spice_ray.run_folder import open_made, read_finished
+from spice_ray.storage import Artifact, read_json, write_json
 
 _LARGEST_FEATURES = 2e9  # bytes
 _UNLABELLED = -1
@@ -55,8 +55,8 @@ def evaluate(run: Path, *, probe: bool = False) -> dict[str, Any]:
     record = read_finished(run)
     if record["artifacts"][LABELS] is None:
         raise DataError(
-            f"the data of {run} had no labels, so there is nothing to score; cluster sizes are in "
-            f"{run / 'assignments.parquet'}"
+            f"the data of {run} had no labels, so there is nothing to score; what can be told without them is in its "
+            "clusters.html, which the command report writes"
         )
     images = _read_images(run, record)
     recipe = record["recipe"]
@@ -111,13 +111,13 @@ def _in_splits(images: _Images, protocol: str, splits: tuple[str, ...]) -> NDArr
 
 def _compare(run: Path, record: dict[str, Any], images: _Images, ids: Ints) -> list[dict[str, Any]]:
     """The table of methods on the images ``ids``."""
-    shards, recipe = _open(run, record, SHARDS), record["recipe"]
+    shards, recipe = open_made(run, record, SHARDS), record["recipe"]
     found: dict[str, Ints | None] = {}
     # Embeddings that were given have no pixels and no stage 3.
     if "image" in recipe:
         found["k-means on pixels"] = _baseline(lambda: _read_pixels(shards, ids), len(ids), _num_pixels(shards), recipe)
     if EMBEDDING in record["artifacts"]:
-        embedding = _load(_open(run, record, EMBEDDING), "embedding.npy", len(images.clusters))
+        embedding = _load(open_made(run, record, EMBEDDING), "embedding.npy", len(images.clusters))
         found["k-means on the embedding"] = _baseline(lambda: embedding[ids], len(ids), embedding.shape[1], recipe)
     if images.head_clusters is not None:
         found["SPICE_s"] = images.head_clusters[ids]
@@ -150,7 +150,7 @@ def _probe(run: Path, record: dict[str, Any], images: _Images) -> list[dict[str,
 
     if EMBEDDING not in record["artifacts"]:
         raise DataError(f"{run} has no embedding to look into: it learnt from given labels alone; leave --probe out")
-    shards, store, num_images = _open(run, record, SHARDS), _open(run, record, EMBEDDING), len(images.clusters)
+    shards, store, num_images = open_made(run, record, SHARDS), open_made(run, record, EMBEDDING), len(images.clusters)
     ids = np.flatnonzero(_labelled(images))
     labelled = Labelled(ids, images.labels_true[ids], images.split[ids] == "test")
 
@@ -187,16 +187,8 @@ def _score_reliable(images: _Images, record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _open(run: Path, record: dict[str, Any], kind: str) -> Artifact:
-    root = joined(run, record["shards_root" if kind in (SHARDS, LABELS) else "artifacts_root"])
-    artifact = open_artifact(root, kind, record["artifacts"][kind])
-    if artifact is None:
-        raise StorageError(f"{root} lacks {kind}-{record['artifacts'][kind]}; run the same command again to make it")
-    return artifact
-
-
 def _read_images(run: Path, record: dict[str, Any]) -> _Images:
-    file, shards = run / "assignments.parquet", _open(run, record, SHARDS)
+    file, shards = run / "assignments.parquet", open_made(run, record, SHARDS)
     num_images = int(shards.manifest["num_images"])
     with _reading(file, file):
         table = pq.read_table(local(file), columns=["sample_id", "split", "cluster", "reliable"])
@@ -208,8 +200,8 @@ def _read_images(run: Path, record: dict[str, Any]) -> _Images:
         clusters=np.full(num_images, -1),
         head_clusters=_head_clusters(run, record, num_images),
         reliable=np.zeros(num_images, np.bool_),
-        pseudo_labels=_read_pseudo_labels(_open(run, record, RELIABLE), num_images),
-        labels_true=_read_labels(_open(run, record, LABELS), num_images),
+        pseudo_labels=_read_pseudo_labels(open_made(run, record, RELIABLE), num_images),
+        labels_true=_read_labels(open_made(run, record, LABELS), num_images),
     )
     images.split[ids] = table["split"].to_pylist()
     images.clusters[ids] = table["cluster"].to_numpy()
@@ -220,7 +212,7 @@ def _read_images(run: Path, record: dict[str, Any]) -> _Images:
 def _head_clusters(run: Path, record: dict[str, Any], num_images: int) -> Ints | None:
     if HEADS not in record["artifacts"]:
         return None
-    return _load(_open(run, record, HEADS), "assignments.npy", num_images).astype(np.int64)
+    return _load(open_made(run, record, HEADS), "assignments.npy", num_images).astype(np.int64)
 
 
 def _readable_ids(shards: Artifact, damaged: list[str]) -> Ints:

@@ -6,6 +6,7 @@ run.json               the recipe without scale, and what was asked for where K 
 artifacts/             what each stage left behind
 assignments.parquet    the product: one row per image that was read
 rejects.parquet        one row per image that was not
+clusters.html          what the clusters are and how far to trust them, told without labels
 cluster_count.json     where K was chosen, the scores of all candidates
 prior.json             where it was estimated, the shares of the clusters
 timing.json            seconds per stage
@@ -24,7 +25,7 @@ from spice_ray import mirror
 from spice_ray.config import Recipe
 from spice_ray.contracts import LABELS, SHARDS
 from spice_ray.errors import StorageError
-from spice_ray.storage import Artifact, clear_staging, read_json, reporting_disk_errors, write_json
+from spice_ray.storage import Artifact, clear_staging, open_artifact, read_json, reporting_disk_errors, write_json
 
 _WEIGHTS, _LABELS = "pretrain.weights_sha256", "reliable.labels_digest"
 _RECORD = "run.json"
@@ -252,6 +253,24 @@ def read_finished(path: Path) -> dict[str, Any]:
     if not is_run or not {SHARDS, LABELS} <= record["artifacts"].keys():
         raise StorageError(f"{path / _RECORD} is not of a finished run; run the same command again")
     return {"artifacts_root": "artifacts", **record}
+
+
+def open_made(path: Path, record: dict[str, Any], kind: str) -> Artifact:
+    """An artifact of a finished run.
+
+    Args:
+        path: The run folder.
+        record: What :func:`read_finished` gave of it.
+        kind: One of those in the record.
+
+    Raises:
+        StorageError: It is not there any more.
+    """
+    root = mirror.joined(path, record["shards_root" if kind in (SHARDS, LABELS) else "artifacts_root"])
+    artifact = open_artifact(root, kind, record["artifacts"][kind])
+    if artifact is None:
+        raise StorageError(f"{root} lacks {kind}-{record['artifacts'][kind]}; run the same command again to make it")
+    return artifact
 
 
 def _check_empty(path: Path) -> None:

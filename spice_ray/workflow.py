@@ -20,6 +20,7 @@ from spice_ray.recipe import (
     setting_keys,
     with_value,
 )
+from spice_ray.report.sweep import write_sweep_report
 from spice_ray.run_folder import (
     RunFolder,
     check_folder,
@@ -35,7 +36,6 @@ from spice_ray.runtime.progress import Reporter
 from spice_ray.shards import check_form, check_kind, check_shards, find_shards, holds_shards, note_ingest
 from spice_ray.storage import Artifact, open_artifact, reporting_disk_errors
 from spice_ray.sweep import Sweep, any_trial, check_trials, refuse_sweep
-from spice_ray.sweep_report import write_sweep_report
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -151,7 +151,9 @@ def run(prepared: Prepared, reporter: Reporter, *, verbose: bool = False) -> Art
     """
     reporter.note("starting Ray")
     with connected(prepared.recipe.scale, verbose=verbose):
-        return _finish(_pipeline(prepared, reporter))
+        result = _finish(_pipeline(prepared, reporter))
+    _report(prepared.run.path, reporter)
+    return result
 
 
 def sweep(
@@ -175,6 +177,7 @@ def sweep(
         result = run_sweep(pipeline, settings, name)
     report = prepared.run.path / "sweeps" / name / "report.html"
     write_sweep_report(report, settings, result.rows, result.reuse)
+    _report(report.parent, reporter)
     return result
 
 
@@ -378,6 +381,16 @@ def _finish(pipeline: "Pipeline") -> Artifact:
             if anew.damaged <= pipeline.damaged:
                 raise
             pipeline = anew
+
+
+def _report(run: Path, reporter: Reporter) -> None:
+    """The page about a run, which is finished also where that cannot be written."""
+    from spice_ray.report.run import write_run_report  # it needs torch
+
+    try:
+        reporter.note(f"examples of each cluster, and how far to trust it: {write_run_report(run)}")
+    except SpiceError as error:
+        reporter.note(f"there is no page about the clusters: {error}")
 
 
 def _shards(prepared: Prepared, reporter: Reporter) -> tuple[Artifact, Artifact | None]:

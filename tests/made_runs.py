@@ -12,6 +12,7 @@ from spice_ray.readers.parts import write_part
 from spice_ray.storage import publish, write_json
 
 NUM_IMAGES, SIZE = 40, 8
+HEADS = {"chosen": 1, "num_merged": 1, "losses": [1.9, 1.5], "losses_over_time": [[2.0, 1.9], [1.75, 1.5]]}
 
 
 def make_run(
@@ -36,7 +37,9 @@ def make_run(
     publish(data, "shards", "a", lambda to: write_shards(to, splits))
     publish(data, "labels", "b", lambda to: write_labels(to, classes))
     publish(artifacts, "embedding", "c", write_embedding)
-    publish(artifacts, "heads", "d", lambda to: save(to / "assignments.npy", np.asarray(head_clusters)))
+    publish(artifacts, "heads", "d", lambda to: save(to / "assignments.npy", np.asarray(head_clusters)) | HEADS)
+    publish(artifacts, "neighbors", "g", lambda to: save(to / "neighbors.npy", nearest_by_number(splits, protocol)))
+    publish(artifacts, "assignments", "e", lambda to: {"unsupervised_loss": 1.75})
     pseudo_labels = pa.table({"labels": head_clusters})
     publish(artifacts, "reliable", "f", lambda to: write_table(to / "reliable.parquet", pseudo_labels))
     table = {
@@ -50,9 +53,10 @@ def make_run(
     }
     pq.write_table(pa.table(table), folder / "run" / "assignments.parquet")
     prints = {"shards": "a", "labels": "b", "embedding": "c", "heads": "d", "reliable": "f"}
-    prints |= {"joint": None, "assignments": "e"}
+    prints |= {"joint": None, "assignments": "e", "neighbors": "g"}
     recipe = {"num_clusters": num_clusters, "seed": 3, "protocol": protocol, "image": {"size": SIZE}, "reliable": {}}
-    write_json(folder / "run" / "run.json", {"artifacts": prints, "shards_root": "../data", "recipe": recipe})
+    record = {"artifacts": prints, "shards_root": "../data", "recipe": recipe, "source": {"path": "<photos>"}}
+    write_json(folder / "run" / "run.json", record)
     write_json(folder / "run" / "timing.json", {"pretrain": 1.5, "heads": 0.5})
     return folder / "run"
 
@@ -85,7 +89,7 @@ def write_shards(to: Path, splits: list[str]) -> dict[str, Any]:
         }
         for name, (first, last) in bounds.items()
     ]
-    return {"num_images": NUM_IMAGES, "image_size": SIZE, "stored": "pixels", "files": files}
+    return {"num_images": NUM_IMAGES, "image_size": SIZE, "stored": "pixels", "files": files, "num_rejects": 3}
 
 
 def write_labels(to: Path, classes: list[int | None]) -> dict[str, Any]:
@@ -102,6 +106,12 @@ def write_embedding(to: Path) -> dict[str, Any]:
     embedding = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
     np.save(to / "plain.npy", 3 * embedding)
     return save(to / "embedding.npy", embedding)
+
+
+def nearest_by_number(splits: list[str], protocol: str) -> np.ndarray:
+    """The two that follow each image that is trained on, around in a circle: one of another class, one of its own."""
+    counted = sum(protocol == "whole" or split == "train" for split in splits)
+    return (np.arange(counted, dtype=np.int32)[:, None] + [1, 2]) % counted
 
 
 def change_record(run: Path, **values: Any) -> None:

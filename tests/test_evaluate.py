@@ -98,7 +98,7 @@ def test_a_run_whose_data_had_no_labels_says_where_the_clusters_are(tmp_path: Pa
     run = make_run(tmp_path)
     artifacts = json.loads((run / "run.json").read_text())["artifacts"]
     change_record(run, artifacts={**artifacts, "labels": None})
-    with pytest.raises(DataError, match=r"no labels, so there is nothing to score.*assignments\.parquet"):
+    with pytest.raises(DataError, match=r"no labels, so there is nothing to score.*clusters\.html"):
         evaluate(run)
     assert not (run / "scores.json").exists()
 

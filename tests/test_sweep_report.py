@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from spice_ray.report.plots import Axis
+from spice_ray.report.sweep import write_sweep_report
 from spice_ray.runtime.sweep_table import Reuse
 from spice_ray.sweep import Sweep
-from spice_ray.sweep_report import Axis, write_sweep_report
 
 SVG = "{http://www.w3.org/2000/svg}"
 REUSE = [Reuse("encoder", 0, 3, 0.0, 90.0), Reuse("joint", 3, 0, 12.5, 0.0)]

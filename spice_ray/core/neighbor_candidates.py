@@ -36,7 +36,7 @@ alike for candidates to pay."""
 MOST_NEIGHBORS = _MOST_PAIRS // 2
 """k, at most."""
 _KEPT_BYTES = 512 << 20
-"""Cheap rows that are kept, in float32 those of the grid themselves; of more, each block of queries rounds them anew."""
+"""Cheap rows that are kept, in float32 those of the grid; of more, each block of queries rounds them anew."""
 
 TakeRows = Callable[[slice | Tensor], Tensor]
 """Rows by number, float32, (n, D)."""

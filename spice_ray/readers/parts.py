@@ -58,13 +58,14 @@ def write_part(file: Path, table: pa.Table) -> int:
     return crc32
 
 
-def read_part(folder: Path, file: ShardFile, format_: PartFormat) -> pa.Table:
-    """All rows of a part, images decoded.
+def read_part(folder: Path, file: ShardFile, format_: PartFormat, rows: NDArray[np.int64] | None = None) -> pa.Table:
+    """Rows of a part, images decoded.
 
     Args:
         folder: Of the shards.
         file: Which part.
         format_: What the manifest says of its images.
+        rows: Positions in the part; none: all.
 
     Returns:
         ``sample_id``, ``source``, ``split``, and ``image``: uint8 RGB, channels first, 3 * S * S bytes; or
@@ -74,6 +75,8 @@ def read_part(folder: Path, file: ShardFile, format_: PartFormat) -> pa.Table:
         DamagedError: The part is missing, or its bytes are not those that were written.
     """
     table = pq.read_table(pa.BufferReader(_intact_bytes(folder, file)))
+    if rows is not None:
+        table = table.take(rows)
     if format_.stored != "encoded":
         return table
     pixels = [decode(data, format_.size).tobytes() for data in table["image"].to_pylist()]

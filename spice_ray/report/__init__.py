@@ -1,0 +1,1 @@
+"""Reports of runs and of sweeps: pages of HTML with their plots, made without labels."""
