@@ -56,7 +56,7 @@ def photos(count: int) -> Tensor:
 
 
 def ours(view: str, images: Tensor, size: int) -> Contender:
-    make = getattr(Augmentation("natural", MEAN, STD), view)
+    make = getattr(Augmentation("natural", MEAN, STD, blur=0), view)
     draws = torch.arange(len(images), device=images.device).split(size)
     parts = images.split(size)
     return Contender(
@@ -242,7 +242,7 @@ def measure_on_gpu() -> dict[str, float]:
     many = 1 << 15
     rate = many / seconds_on_gpu(ours("contrastive", photos(many).to(device), many))
     lanes, clock = Repeated(settings.lanes, settings.batch_size, device), Clock(skipped=20)
-    augmentation = Augmentation("natural", MEAN, STD)
+    augmentation = Augmentation("natural", MEAN, STD, blur=0)
     pretrain(
         settings,
         lanes,

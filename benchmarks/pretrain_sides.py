@@ -40,7 +40,7 @@ def make_images(count: int) -> Tensor:
 
 def prepared_views(rows: int, device: torch.device) -> Views:
     images, draws = photos(rows), torch.arange(rows)
-    make = Augmentation("natural", MEAN, STD).contrastive
+    make = Augmentation("natural", MEAN, STD, blur=0).contrastive
     first, second = (make(images, draws, stream_key(0, view)).to(device) for view in range(2))
     return first, second
 
@@ -77,7 +77,7 @@ class PreparedViews:
 def ours(settings: Pretrain, count: int, device: torch.device, turn: Turn) -> None:
     stream = Stream(stream_key(0, "pretrain"), settings.batch_size // settings.lanes, shuffle_window(_SIDE))
     lanes = resident(make_images(count), settings.lanes, stream, device)
-    _train(settings, lanes, Augmentation("natural", MEAN, STD), count, device, turn)
+    _train(settings, lanes, Augmentation("natural", MEAN, STD, blur=0), count, device, turn)
 
 
 def ours_prepared(settings: Pretrain, count: int, device: torch.device, turn: Turn) -> None:

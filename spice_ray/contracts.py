@@ -38,7 +38,6 @@ CLUSTER_COUNT, PRIOR = "cluster_count", "prior"
 #   embedding  in the place of image, stored=vectors: fixed-size binary, 4*D bytes: float32, little-endian
 # manifest: num_images, image_size (or embed_dim), stored, splits {name: count}, files [{name, rows,
 # splits {name: count}, crc32}], num_rejects, digest; rejects.parquet beside the parts: source, reason.
-TRAIN_SPLITS = ("train", "unlabeled")
 
 
 @dataclass(frozen=True)

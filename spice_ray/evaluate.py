@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from spice_ray.contracts import EMBEDDING, HEADS, LABELS, RELIABLE, SHARDS, TRAIN_SPLITS, ShardFile
+from spice_ray.contracts import EMBEDDING, HEADS, LABELS, RELIABLE, SHARDS, ShardFile
 from spice_ray.core.metrics import clustering_accuracy, kmeans_labels, scores
 from spice_ray.errors import DataError, StorageError
 from spice_ray.mirror import local
 from spice_ray.readers.parts import format_of, images_of, read_part
 from spice_ray.run_folder import open_made, read_finished
+from spice_ray.shards import splits_of
 from spice_ray.storage import Artifact, read_json, write_json
 
 _LARGEST_FEATURES = 2e9  # bytes
@@ -36,7 +37,7 @@ def evaluate(run: Path, *, probe: bool = False) -> dict[str, Any]:
     Protocol ``whole`` scores all labelled images, ``split`` those of the test split; images whose label stage 3 was
     given (``reliable.labels``) do not count. k-means is fitted on the scored images; its scores are null where these
     take more than 2e9 bytes as float32 or are fewer than the clusters. The
-    reliable labels are scored on the labelled images that they could be chosen from: all, or those trained on.
+    reliable labels are scored on the labelled images that they could be chosen from: those that stage 3 sees.
 
     Args:
         run: Folder of a finished run, or of the winner of a sweep.
@@ -174,7 +175,8 @@ def _were_given(record: dict[str, Any]) -> bool:
 
 
 def _score_reliable(images: _Images, record: dict[str, Any]) -> dict[str, Any]:
-    candidates = _labelled(images) & _in_splits(images, record["recipe"]["protocol"], TRAIN_SPLITS)
+    splits = splits_of(record["recipe"]["protocol"], first_stage=False) or ()
+    candidates = _labelled(images) & np.isin(images.split, splits)
     chosen = candidates & images.reliable
     count = int(chosen.sum())
     return {

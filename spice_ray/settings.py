@@ -86,7 +86,11 @@ class Pretrain(Settings):
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     """m, of MoCo and BYOL: share of the momentum encoder that stays at each step; BYOL's rises to 1 towards the end."""
     symmetric: bool = False
-    """MoCo's loss in both directions; those of SimCLR and BYOL always are."""
+    """MoCo's loss in both directions, which are added up; those of SimCLR and BYOL always are."""
+    min_crop: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """The least part of a photograph's area that a view shows; of ``natural`` views."""
+    blur: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the views that are blurred; of ``natural`` ones."""
     optimizer: Optimizer = "sgd"
     lr: PositiveFloat
     """For batches of ``batch_size``: of a batch c times as large, c times as much with SGD (Goyal et al. 2017)."""

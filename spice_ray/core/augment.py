@@ -58,6 +58,10 @@ class Augmentation:
     family: Literal["natural", "digits", "none"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    min_crop: float = 0.2
+    """The least part of a photograph's area that a contrastive view shows."""
+    blur: float = 0.5
+    """Share of the contrastive views of photographs that are blurred."""
 
     def plain(self, images: Tensor) -> Tensor:
         """The images themselves, normalised."""
@@ -109,10 +113,11 @@ class Augmentation:
             self._normalise(rows, 1, out)
 
         flips, grey = coin(draws, key, "flip", 0.5), coin(draws, key, "grey", 0.2).float()
-        taps, factors = crop_taps(crop_boxes(draws, key), flips, side), jitter_factors(draws, key)
+        taps = crop_taps(crop_boxes(draws, key, self.min_crop), flips, side)
+        factors = jitter_factors(draws, key)
         # The first step of the colour jitter, brightness, and the scale of the levels are one gain of the crop.
         taps = taps._replace(row_shares=taps.row_shares * (factors[:, :1] * (1 / 255))[:, None])
-        blur = [blur_sigmas(draws, key)] if side > 32 else []
+        blur = [blur_sigmas(draws, key, self.blur)] if self.blur > 0 else []
         return _by_cache(view, _MANY_STEPS, images, color.jitter_steps(factors[:, 1:]), grey, *taps, *blur)
 
     def _natural_weak(self, images: Tensor, draws: Tensor, key: int) -> Tensor:
@@ -208,8 +213,8 @@ def coin(draws: Tensor, key: int, name: str, probability: float) -> Tensor:
     return order.uniform(order.stream_key(key, name), draws)[:, 0] < probability
 
 
-def crop_boxes(draws: Tensor, key: int) -> Tensor:
-    """Random resized crops: area in (0.2, 1), log aspect ratio uniform in (log 3/4, log 4/3), anywhere inside.
+def crop_boxes(draws: Tensor, key: int, least: float) -> Tensor:
+    """Random resized crops: area in (``least``, 1), log aspect ratio uniform in (log 3/4, log 4/3), anywhere inside.
 
     As in torchvision the first of ten tries that fits counts, and the whole image where none does; unlike there boxes
     are not rounded to pixels.
@@ -218,7 +223,7 @@ def crop_boxes(draws: Tensor, key: int) -> Tensor:
         Top, left, height and width as fractions of the side, float32, (B, 4).
     """
     numbers = order.uniform(order.stream_key(key, "crop"), draws, 2 * _CROP_TRIES + 2).double()
-    area = 0.2 + 0.8 * numbers[:, :_CROP_TRIES]
+    area = least + (1 - least) * numbers[:, :_CROP_TRIES]
     log_ratio = math.log(4 / 3) * (numbers[:, _CROP_TRIES:-2] * 2 - 1)
     fits = area <= torch.exp(-log_ratio.abs())
     first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
@@ -238,10 +243,10 @@ def jitter_factors(draws: Tensor, key: int) -> Tensor:
     return torch.cat((1 + 0.4 * shifts[:, :3], 0.1 * shifts[:, 3:]), dim=1).float()
 
 
-def blur_sigmas(draws: Tensor, key: int) -> Tensor:
-    """Width of the blur in pixels, uniform in (0.1, 2) for half the rows and 0 (no blur) for the others, (B,)."""
+def blur_sigmas(draws: Tensor, key: int, share: float) -> Tensor:
+    """Width of the blur in pixels, uniform in (0.1, 2) for a share of the rows and 0 (no blur) for the others, (B,)."""
     numbers = order.uniform(order.stream_key(key, "blur"), draws, 2)
-    return torch.where(numbers[:, 0] < 0.5, 0.1 + 1.9 * numbers[:, 1].double(), 0.0).float()
+    return torch.where(numbers[:, 0] < share, 0.1 + 1.9 * numbers[:, 1].double(), 0.0).float()
 
 
 def crop_shifts(draws: Tensor, key: int, most: int) -> Tensor:

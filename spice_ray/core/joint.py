@@ -64,10 +64,13 @@ def agreeing_share(weak_logits: Tensor, strong_logits: Tensor, confidence: float
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """Average the weights; copy batch-norm statistics, which are averages already."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    if buffers := list(ema.buffers()):  # a vision transformer has none
-        torch._foreach_copy_(buffers, list(model.buffers()))
+    """Average the weights, and the batch-norm statistics with them: those of the last steps are of other weights."""
+    pairs = [*zip(ema.parameters(), model.parameters(), strict=True), *zip(ema.buffers(), model.buffers(), strict=True)]
+    averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+    torch._foreach_lerp_([old for old, _ in averaged], [new for _, new in averaged], 1 - decay)
+    for old, new in pairs:
+        if not old.is_floating_point():  # batch norm's count of batches
+            old.copy_(new)
 
 
 def seven_sixteenths_cosine(step: int, total: int) -> float:

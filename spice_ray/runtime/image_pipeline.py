@@ -312,6 +312,8 @@ class ImagePipeline(Pipeline):
     def _joint_settings(self) -> dict[str, Any]:
         """Of every round: what one is does not depend on how many follow."""
         joint = {key: value for key, value in settings_of(self.recipe.joint).items() if key != "rounds"}
+        if self.recipe.is_supervised:  # no encoder is among the parents
+            joint["encoder"] = self.recipe.joint.encoder or self.recipe.pretrain.encoder
         return {"joint": joint, "image": settings_of(self.recipe.image), **self._common()}
 
 

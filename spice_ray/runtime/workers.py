@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -98,7 +98,7 @@ def run_pretrain(job: PretrainJob, host: Host) -> None:
         encoder = pretrain(
             settings,
             lanes,
-            augmentation_of(job.image),
+            replace(augmentation_of(job.image), min_crop=settings.min_crop, blur=settings.blur),
             num_images=job.shards.num_counted,
             seed=job.seed,
             device=host.device,

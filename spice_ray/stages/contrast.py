@@ -36,7 +36,7 @@ class Contrast(Protocol):
     """What is trained: gives unit rows."""
 
     def directions(self, step: int, total: int, first: Tensor, second: Tensor) -> list[Direction]:
-        """What to train on two views, (b * L, 3, S, S) each; every direction's loss counts the same."""
+        """What to train on two views, (b * L, 3, S, S) each; the loss is the sum of the directions'."""
         ...
 
     def loss(self, projected: list[Tensor], targets: Tensor | None) -> Tensor:

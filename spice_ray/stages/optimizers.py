@@ -11,11 +11,17 @@ of the loss within 20 steps of stage 3. On digits 1e-6 keeps them within 1e-5, 1
 
 
 def build_optimizer(
-    name: Optimizer, model: nn.Module, lr: float, weight_decay: float, *, nesterov: bool = False
+    name: Optimizer,
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    *,
+    nesterov: bool = False,
+    all_decay: bool = False,
 ) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, or AdamW; biases and batch-norm weights do not decay."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    kept = [p for p in model.parameters() if p.ndim <= 1]
+    """SGD with momentum 0.9, or AdamW; biases and batch-norm weights do not decay, unless all weights do."""
+    decayed = [p for p in model.parameters() if p.ndim > 1 or all_decay]
+    kept = [p for p in model.parameters() if p.ndim <= 1 and not all_decay]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, eps=ADAM_EPS, fused=True)

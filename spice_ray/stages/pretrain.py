@@ -90,13 +90,17 @@ class _Trainer:
         self.contrast = CONTRASTS[settings.loss](settings, parts, seed, device)
         self.query = self.contrast.query
         self.model = wrap(self.query)
-        self.optimizer = build_optimizer(settings.optimizer, self.query, settings.lr, settings.weight_decay)
+        # MoCo's SGD lets biases and batch-norm weights decay too.
+        all_decay = settings.loss == "moco" and settings.optimizer == "sgd"
+        self.optimizer = build_optimizer(
+            settings.optimizer, self.query, settings.lr, settings.weight_decay, all_decay=all_decay
+        )
         self.last: tuple[Tensor, Tensor]
         """Unit rows of the two views of the last step, (b * L, P) each."""
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
     def step(self, step: int, total: int, batch: Batch) -> Tensor:
-        """One optimiser step; gives the global batch's mean loss."""
+        """One optimiser step, by the sum of the directions' losses; gives their mean over the global batch."""
         first, second = (
             self.augmentation.contrastive(batch.images, batch.draws, stream_key(self.seed, "pretrain", view))
             for view in (0, 1)
@@ -104,12 +108,12 @@ class _Trainer:
         with self.autocast:
             directions = self.contrast.directions(step, total, first, second)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = [self.learn(direction, len(directions), last=direction is directions[-1]) for direction in directions]
+        losses = [self.learn(direction, last=direction is directions[-1]) for direction in directions]
         self.optimizer.step()
         self.contrast.conclude()
         return collectives.mean_over_workers(torch.stack(losses).mean())
 
-    def learn(self, direction: Direction, num_directions: int, *, last: bool) -> Tensor:
+    def learn(self, direction: Direction, *, last: bool) -> Tensor:
         """Add the gradient of one direction, part after part; gives its mean loss."""
         count = self.parts.count
         views = [self.parts.split(view) for view in direction.views]
@@ -120,7 +124,7 @@ class _Trainer:
                 with self.autocast:
                     rows = [self.model(view[part]) for view in views]
                 loss = self.contrast.loss(rows, targets[part])
-                (loss / (count * num_directions)).backward()
+                (loss / count).backward()
             losses.append(loss.detach())
             projected.append([row.detach() for row in rows])
         first, *others = (self.parts.join(list(rows)) for rows in zip(*projected, strict=True))

@@ -167,6 +167,7 @@ class _FixMatch:
             "model": self.bare.state_dict(),
             "buffers": collectives.stacked_buffers(self.bare),
             "ema": self.ema.state_dict(),
+            "ema_buffers": collectives.stacked_buffers(self.ema),
             "optimizer": self.optimizer.state_dict(),
             "plateau": None if self.plateau is None else self.plateau.state(),
         }
@@ -178,7 +179,7 @@ class _FixMatch:
         self.bare.load_state_dict(state["model"])
         collectives.restore_buffers(self.bare, state["buffers"])
         self.ema.load_state_dict(state["ema"])
-        collectives.restore_buffers(self.ema, state["buffers"])  # copies, as after every step
+        collectives.restore_buffers(self.ema, state["ema_buffers"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.plateau is not None:
             self.plateau.load(state["plateau"])

@@ -21,8 +21,8 @@ MANY = torch.arange(20_000)
 VIEWS = [(family, view) for family in ("natural", "digits", "none") for view in ("contrastive", "weak", "strong")]
 
 
-def augmentation(family: str = "natural") -> Augmentation:
-    return Augmentation(family, MEAN, STD)
+def augmentation(family: str = "natural", **settings: float) -> Augmentation:
+    return Augmentation(family, MEAN, STD, **settings)
 
 
 def undo(images: Tensor) -> Tensor:
@@ -44,11 +44,12 @@ def test_plain_views_are_normalised_per_channel():
 # Natural images: contrastive
 
 
-def test_crop_boxes_are_distributed_as_torchvisions():
-    boxes = augment.crop_boxes(MANY, KEY).double().numpy()
+@pytest.mark.parametrize("least", [0.08, 0.2])
+def test_crop_boxes_are_distributed_as_torchvisions(least):
+    boxes = augment.crop_boxes(MANY, KEY, least).double().numpy()
     torch.manual_seed(0)
     canvas = torch.empty(1, 4000, 4000)
-    drawn = [RandomResizedCrop.get_params(canvas, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
+    drawn = [RandomResizedCrop.get_params(canvas, [least, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
     twin = np.array(drawn) / 4000
     for ours, theirs in zip(boxes.T, twin.T, strict=True):
         assert stats.ks_2samp(ours, theirs).pvalue > 1e-3
@@ -75,9 +76,10 @@ def test_a_fifth_of_the_contrastive_views_is_grey():
     assert spread[~grey].min() > 1e-2
 
 
-def test_half_the_rows_are_blurred_with_uniform_widths():
-    sigmas = augment.blur_sigmas(MANY, KEY).double()
-    assert stats.binomtest(int((sigmas > 0).sum()), len(MANY), 0.5).pvalue > 1e-3
+@pytest.mark.parametrize("share", [0.5, 0.1, 1])
+def test_a_share_of_the_rows_is_blurred_with_uniform_widths(share):
+    sigmas = augment.blur_sigmas(MANY, KEY, share).double()
+    assert stats.binomtest(int((sigmas > 0).sum()), len(MANY), share).pvalue > 1e-3
     assert stats.kstest(sigmas[sigmas > 0].numpy(), "uniform", (0.1, 1.9)).pvalue > 1e-3
 
 
@@ -85,31 +87,44 @@ def roughness(images: Tensor) -> Tensor:
     return images.diff(dim=-1).abs().mean(dim=(1, 2, 3))
 
 
-def test_blur_is_for_images_of_more_than_32_pixels():
+@pytest.mark.parametrize(("share", "is_blurred"), [(0.5, True), (0, False)])
+def test_views_are_blurred_where_that_is_wanted(share, is_blurred):
     draws = torch.arange(300)
-    blurred = augment.blur_sigmas(draws, KEY) > 1
-    clear = augment.blur_sigmas(draws, KEY) == 0
-    for side, is_blurred in ((32, False), (33, True)):
-        noise = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8).expand(300, -1, -1, -1)
-        rough = roughness(augmentation().contrastive(noise, draws, KEY))
-        assert bool(rough[blurred].mean() < 0.6 * rough[clear].mean()) is is_blurred
+    blurred = augment.blur_sigmas(draws, KEY, 0.5) > 1
+    clear = augment.blur_sigmas(draws, KEY, 0.5) == 0
+    noise = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).expand(300, -1, -1, -1)
+    rough = roughness(augmentation(blur=share).contrastive(noise, draws, KEY))
+    assert bool(rough[blurred].mean() < 0.6 * rough[clear].mean()) is is_blurred
+
+
+def test_a_view_shows_no_less_than_the_least_crop():
+    ramp = torch.arange(256, dtype=torch.uint8).repeat(256, 1).expand(200, 3, -1, -1)
+
+    def least_shown(least: float) -> float:
+        views = undo(augmentation(blur=0, min_crop=least).contrastive(ramp, torch.arange(200), KEY))
+        # Of views whose colours are not changed the range of values is the width of the crop.
+        plain = (augment.jitter_factors(torch.arange(200), KEY) == torch.tensor([1.0, 1, 1, 0])).all(1)
+        return float((views.amax((1, 2, 3)) - views.amin((1, 2, 3)))[plain].min())
+
+    assert least_shown(1) > 0.98
+    assert least_shown(0.08) < least_shown(0.2) < 0.7
 
 
 @pytest.mark.parametrize("side", [32, 45])
 def test_contrastive_views_are_torchvisions_operations_one_after_another(side):
     images, draws = photos(60, side), torch.arange(60)
-    boxes, factors = augment.crop_boxes(draws, KEY), augment.jitter_factors(draws, KEY).tolist()
+    boxes, factors = augment.crop_boxes(draws, KEY, 0.2), augment.jitter_factors(draws, KEY).tolist()
     flips, grey = augment.coin(draws, KEY, "flip", 0.5), augment.coin(draws, KEY, "grey", 0.2)
     crops = image_ops.resized_crop(images, image_ops.crop_taps(boxes, flips, side)) / 255
     width = 2 * (side // 20) + 1
     twin = []
     for image, (brightness, contrast, saturation, hue), is_grey, sigma in zip(
-        crops, factors, grey, augment.blur_sigmas(draws, KEY).tolist(), strict=True
+        crops, factors, grey, augment.blur_sigmas(draws, KEY, 0.5).tolist(), strict=True
     ):
         image = reference.adjust_contrast(reference.adjust_brightness(image, brightness), contrast)
         image = reference.adjust_hue(reference.adjust_saturation(image, saturation), hue)
         image = reference.rgb_to_grayscale(image, 3) if is_grey else image
-        image = reference.gaussian_blur(image, [width, width], [sigma, sigma]) if sigma > 0 and side > 32 else image
+        image = reference.gaussian_blur(image, [width, width], [sigma, sigma]) if sigma > 0 else image
         twin.append(reference.normalize(image, list(MEAN), list(STD)))
     result = augmentation().contrastive(images, draws, KEY)
     torch.testing.assert_close(result, torch.stack(twin), rtol=0, atol=1e-4)

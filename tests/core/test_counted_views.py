@@ -123,12 +123,12 @@ def test_the_accelerator_gives_the_same_views(family, view, side):
 
 def parameters(draws: Tensor, key: int) -> dict[str, Tensor]:
     """Every parameter of a natural image's views, one number per row each."""
-    area, ratio = augment.crop_boxes(draws, key)[:, 2:].log().unbind(1)
+    area, ratio = augment.crop_boxes(draws, key, 0.2)[:, 2:].log().unbind(1)
     brightness, contrast, saturation, hue = augment.jitter_factors(draws, key).unbind(1)
     (operation, strength), shifts = augment.drawn_operations(draws, key), augment.crop_shifts(draws, key, 4)
     top, left, hole = augment.cutout_boxes(draws, key, 32).unbind(1)
     coins = {name: augment.coin(draws, key, name, share) for name, share in (("flip", 0.5), ("grey", 0.2))}
-    singles = (area + ratio, area - ratio, brightness, contrast, saturation, hue, augment.blur_sigmas(draws, key))
+    singles = (area + ratio, area - ratio, brightness, contrast, saturation, hue, augment.blur_sigmas(draws, key, 0.5))
     singles += (shifts[:, 0], shifts[:, 1], hole, top + hole // 2, left + hole // 2)
     slots = {f"operation {k}": operation[:, k] for k in range(4)} | {f"strength {k}": strength[:, k] for k in range(4)}
     return coins | {f"single {k}": values for k, values in enumerate(singles)} | slots

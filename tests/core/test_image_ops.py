@@ -38,7 +38,7 @@ def test_a_crop_on_pixel_borders_is_torchvisions_but_for_its_edge(top, left, hei
 @pytest.mark.parametrize("side", [9, 32, 96])
 def test_any_crop_is_the_bilinear_sampling_of_torch(side):
     images = torch.randint(0, 256, (40, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    boxes, flips = augment.crop_boxes(torch.arange(40), KEY), augment.coin(torch.arange(40), KEY, "flip", 0.5)
+    boxes, flips = augment.crop_boxes(torch.arange(40), KEY, 0.2), augment.coin(torch.arange(40), KEY, "flip", 0.5)
     boxes[0], boxes[1], boxes[2] = torch.tensor([[0.0, 0, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5], [0.0, 0, 1, 1]])
     centers = ((torch.arange(side, dtype=torch.float64) + 0.5) * 2 / side - 1)[None]
     top, left, height, width = boxes.double()[:, :, None].unbind(1)
@@ -51,7 +51,7 @@ def test_any_crop_is_the_bilinear_sampling_of_torch(side):
 
 def test_columns_of_a_crop_are_mixed_without_rounding():
     images = torch.randint(0, 256, (30, 3, 37, 37), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    boxes = augment.crop_boxes(torch.arange(30), KEY)
+    boxes = augment.crop_boxes(torch.arange(30), KEY, 0.2)
     boxes[:, 0], boxes[:, 2] = 0, 1  # all rows, each as it is
     taps = image_ops.crop_taps(boxes, torch.zeros(30, dtype=torch.bool), 37)
     left, right = (
