@@ -1,6 +1,7 @@
 """Stage 2 on Ray: heads as parallel actors on one bank."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.nn import functional as F
 
 from spice_ray import mirror
@@ -169,7 +171,7 @@ def train_ensemble(pool: HeadPool, settings: Heads, num_clusters: int) -> list[T
 
 
 def _keep_head(folder: Path, index: int, head: TrainedHead) -> None:
-    record = {"loss": head.loss, "best_epoch": head.best_epoch, "losses": head.losses}
+    record = {"loss": head.loss, "best_epoch": head.best_epoch, "losses": _numbers(head.losses)}
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / f"{index:03d}.safetensors"
     save_file(head.weights, weights)
@@ -181,7 +183,14 @@ def _read_head(folder: Path, index: int) -> TrainedHead | None:
     record = folder / f"{index:03d}.json"
     if not mirror.exists(record):
         return None
-    return TrainedHead(load_weights(mirror.local(folder / f"{index:03d}.safetensors")), **read_json(record))
+    found = read_json(record)
+    losses = [math.nan if loss is None else loss for loss in found.pop("losses")]
+    return TrainedHead(load_weights(mirror.local(folder / f"{index:03d}.safetensors")), **found, losses=losses)
+
+
+def _numbers(losses: list[float]) -> list[float | None]:
+    """As JSON has them: None for a loss that is no number."""
+    return [loss if math.isfinite(loss) else None for loss in losses]
 
 
 def publish_heads(
@@ -210,6 +219,7 @@ def publish_heads(
         if recipe.heads.consensus:
             others = [assign_by_head(modules[number], bank.plain)[0] for number in voting[1:]]
             labels, disagreement = consensus([labels, *others], recipe.num_clusters)
+            confidences = confidence_in(modules[chosen], bank.plain, labels)
             np.save(folder / "disagreement.npy", disagreement)
         np.save(folder / "assignments.npy", labels)
         np.save(folder / "confidences.npy", confidences)
@@ -222,7 +232,7 @@ def publish_heads(
             "modularities": None if choice is None else choice.modularities,
             "losses": [head.loss for head in heads],
             "best_epochs": [head.best_epoch for head in heads],
-            "losses_over_time": [head.losses for head in heads],
+            "losses_over_time": [_numbers(head.losses) for head in heads],
         }
 
     return publish(root, HEADS, print_, write)
@@ -233,9 +243,23 @@ def assign_by_head(head: ClusterHead, features: NDArray[np.floating]) -> tuple[N
     """A head's cluster of every image and its probability: int64 (N,) and float32 (N,)."""
     labels = np.empty(len(features), np.int64)
     confidences = np.empty(len(features), np.float32)
-    for start in range(0, len(features), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        probs = F.softmax(head(torch.from_numpy(np.array(features[rows], np.float32))), dim=1)
+    for rows, probs in _probabilities(head, features):
         confidence, label = probs.max(dim=1)
         labels[rows], confidences[rows] = label.numpy(), confidence.numpy()
     return labels, confidences
+
+
+@torch.inference_mode()
+def confidence_in(head: ClusterHead, features: NDArray[np.floating], labels: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The probability that a head gives each image's cluster, which others may have chosen, float32, (N,)."""
+    confidences = np.empty(len(features), np.float32)
+    for rows, probs in _probabilities(head, features):
+        confidences[rows] = probs.gather(1, torch.from_numpy(labels[rows])[:, None])[:, 0].numpy()
+    return confidences
+
+
+def _probabilities(head: ClusterHead, features: NDArray[np.floating]) -> Iterator[tuple[slice, Tensor]]:
+    """Of every cluster, (n, K), for one block of images after the other."""
+    for start in range(0, len(features), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        yield rows, F.softmax(head(torch.from_numpy(np.array(features[rows], np.float32))), dim=1)

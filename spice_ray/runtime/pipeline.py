@@ -30,7 +30,7 @@ from spice_ray.runtime.inference import training_ids
 from spice_ray.runtime.neighbors import WIDEST, NeighborJob, publish_neighbors, rows_of_part
 from spice_ray.runtime.prior import SHARES, describe_prior, publish_prior
 from spice_ray.runtime.progress import Done, ProgressWriter, Reporter, watched
-from spice_ray.runtime.reliable import check_clusters, publish_reliable
+from spice_ray.runtime.reliable import check_clusters, describe_reliable, publish_reliable
 from spice_ray.settings import ADAPTIVE, Settings
 from spice_ray.shards import check_shards, splits_of
 from spice_ray.shares import ESTIMATE
@@ -224,10 +224,7 @@ class Pipeline(ABC):
         parents = [labelled] if recipe.reliable.index == "exact" else [labelled, neighbors]
         found = self._artifact(RELIABLE, "reliable pseudo-labels", "images", settings, parents, make)
         check_clusters(found, recipe)
-        kept = found.manifest["kept"]
-        if 0 in kept:
-            empty = [cluster for cluster, count in enumerate(kept) if count == 0]
-            self.reporter.note(f"clusters {empty} have no reliable sample (kept: {kept})")
+        self.reporter.note(describe_reliable(found))
         return found
 
     def finish(self) -> Artifact:

@@ -62,7 +62,8 @@ def publish_reliable(
 
     def write(folder: Path) -> dict[str, Any]:
         write_reliable(folder, table)
-        return {"neighbors": asked or ADAPTIVE, "kept": found.kept, "num_train": len(train_ids)}
+        told = {"consistent": found.consistent, "kept": found.kept, "num_train": len(train_ids)}
+        return {"neighbors": asked or ADAPTIVE, **told}
 
     return publish(root, RELIABLE, print_, write)
 
@@ -70,6 +71,20 @@ def publish_reliable(
 def _by_id(values: Tensor, ids: NDArray[np.int64], others: Tensor) -> Tensor:
     """``values`` at ``ids`` among ``others``."""
     return others.index_copy(0, torch.from_numpy(ids), values)
+
+
+def describe_reliable(reliable: Artifact) -> str:
+    """How many there are, and what balancing has cost."""
+    manifest = reliable.manifest
+    kept, consistent = manifest["kept"], sum(manifest["consistent"])
+    sentence = f"{sum(kept)} of {manifest['num_train']} samples are reliable"
+    if sum(kept) < consistent:
+        sentence += (
+            f": of {consistent} that pass the thresholds reliable.balance=smallest leaves each cluster the {max(kept)} "
+            "of the smallest one"
+        )
+    empty = [cluster for cluster, count in enumerate(kept) if count == 0]
+    return f"{sentence}; clusters {empty} have none (kept: {kept})" if empty else sentence
 
 
 def check_clusters(reliable: Artifact, recipe: Recipe) -> None:
@@ -125,9 +140,11 @@ def why_skip(reliable: Artifact, recipe: Recipe, files: list[int], num_lanes: in
     weights = read_reliable(reliable).weights.numpy()
     lanes = np.bincount(file_of[weights > 0] % num_lanes, minlength=num_lanes)
     if (lanes == 0).any():
-        samples, remedy = (
-            ("reliable samples", advice(recipe)) if "neighbors" in reliable.manifest else ("given labels", "give more")
-        )
+        samples, remedy = "given labels", "give more"
+        if "neighbors" in reliable.manifest:
+            samples, remedy = "reliable samples", advice(recipe)
+            if sum(reliable.manifest["kept"]) < sum(reliable.manifest["consistent"]):
+                remedy = f"set reliable.balance=weights, {remedy}"
         return (
             f"{int((weights > 0).sum())} {samples} leave one of joint.lanes={num_lanes} lanes without any; "
             f"{remedy}, or lower joint.lanes"

@@ -108,11 +108,7 @@ class TrainProgress:
             return
         self._losses += self._fetched.read()
         self._fetched = None
-        if not math.isfinite(self._losses[-1]):
-            raise TrainingError(
-                f"the loss of step {len(self._losses)} is not a number; lower the stage's lr, or use precision=fp32, "
-                "in a new --out"
-            )
+        check_loss(len(self._losses), self._losses[-1])
 
     def _is_due(self) -> bool:
         """Storage that is slower than ``checkpoint_seconds`` gets fewer checkpoints, not a queue of them."""
@@ -163,6 +159,18 @@ class TrainProgress:
             self._writer.write(total, total, self._losses[-1])
             lines = (f"{number},{value:.9g}" for number, value in enumerate(self._losses, 1))
             _write_table(self._folder / "losses.csv", ["step", "loss"], lines)
+
+
+def check_loss(step: int, loss: float) -> None:
+    """Refuse to train on.
+
+    Raises:
+        TrainingError: The loss is not a number.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss of step {step} is not a number; lower the stage's lr, or use precision=fp32, in a new --out"
+        )
 
 
 def on_cpu(state: Any) -> Any:

@@ -25,6 +25,7 @@ from spice_ray.runtime.image_pipeline import ImagePipeline
 from spice_ray.runtime.inference import final_loss, predict_all, readable_ids, training_ids
 from spice_ray.runtime.looks import Look, Looks
 from spice_ray.runtime.memory import image_budget
+from spice_ray.runtime.train_progress import check_loss
 from spice_ray.runtime.weights import load_head, load_joint
 from spice_ray.runtime.workers import Host, augmentation_of, initial_joint, publish_skipped, run_joint
 from spice_ray.stages.assign import predict
@@ -32,6 +33,7 @@ from spice_ray.stages.train_heads import shares_of
 from spice_ray.storage import Artifact, fingerprint, open_artifact, publish
 from spice_ray.sweep import EarlyStopping, Sweep
 
+_STEPS_BETWEEN_CHECKS = 10
 _NEIGHBORS = 20
 """Whose labels are compared: as many in every trial, whatever its own Ns is."""
 _ROWS = 1 << 13
@@ -70,7 +72,8 @@ class Judge:
         Raises:
             TrainingError: It is not a number.
         """
-        value = self._value(pipeline, logits, features)
+        # Some objectives give a number even where the classifier gives none.
+        value = self._value(pipeline, logits, features) if np.isfinite(logits).all() else math.nan
         if not math.isfinite(value):
             raise TrainingError(f"the objective {self.sweep.objective} is not a number: training diverged")
         return value
@@ -202,7 +205,13 @@ class TrialProgress:
         """There is nothing to go on from."""
 
     def advance(self, step: int, total: int, loss: Tensor, snapshot: Callable[[], dict[str, Any]]) -> None:
-        """Look at the moving average of the weights where it is time."""
+        """Look at the moving average of the weights where it is time.
+
+        Raises:
+            TrainingError: The loss is not a number.
+        """
+        if step % _STEPS_BETWEEN_CHECKS == 0 or step == total:
+            check_loss(step, float(loss))
         number = next((number for number in range(1, self._looks) if step == total * number // self._looks), None)
         if number is not None and step < total:
             self._look(number, snapshot()["ema"])

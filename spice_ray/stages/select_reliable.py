@@ -25,8 +25,10 @@ class ReliableSamples(NamedTuple):
     """Share of neighbours with the same label, float64, (N,)."""
     weights: Tensor
     """Weight in stage 3's supervised loss, float32, (N,); 0 where the label is not reliable."""
+    consistent: list[int]
+    """Samples of each cluster that pass the thresholds."""
     kept: list[int]
-    """Reliable samples of each cluster."""
+    """Those of them that balancing has left: the reliable ones."""
 
 
 def select_reliable(
@@ -66,4 +68,5 @@ def select_reliable(
             weights = cluster_weights(labels, reliable, num_clusters)
         case "smallest":
             weights = smallest_cluster_cut(labels, reliable, num_clusters, key)
-    return ReliableSamples(consistency, weights, kept_per_cluster(labels, weights > 0, num_clusters).tolist())
+    passed, left = (kept_per_cluster(labels, samples, num_clusters).tolist() for samples in (reliable, weights > 0))
+    return ReliableSamples(consistency, weights, passed, left)

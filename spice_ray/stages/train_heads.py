@@ -179,7 +179,7 @@ class _Group:
     def _judge(self, place: int) -> None:
         losses = self._losses[place]
         loss = evaluate_head(self._classify(place), self._features, self._train_ids, self._settings, self._num_clusters)
-        if loss < min(losses, default=math.inf):
+        if loss < min((known for known in losses if not math.isnan(known)), default=math.inf):
             self._best[place] = self._stack.weights_of(place)
         losses.append(loss)
 

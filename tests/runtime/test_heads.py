@@ -22,7 +22,16 @@ from spice_ray.errors import StorageError
 from spice_ray.recipe import load_recipe
 from spice_ray.runtime.bank import BankPlace, bank_bytes, open_bank
 from spice_ray.runtime.head_progress import HeadProgress, state_file
-from spice_ray.runtime.heads import HeadPool, assign_by_head, num_actors, publish_heads, train_ensemble
+from spice_ray.runtime.heads import (
+    HeadPool,
+    _keep_head,
+    _read_head,
+    assign_by_head,
+    confidence_in,
+    num_actors,
+    publish_heads,
+    train_ensemble,
+)
 from spice_ray.stages.features import Features
 from spice_ray.stages.kmeans_start import Choice, fit_starts
 from spice_ray.stages.train_heads import TrainedHead, train_heads
@@ -269,3 +278,49 @@ def test_a_heads_assignment_is_its_most_probable_cluster() -> None:
     assert labels.tolist() == expected.argmax(dim=1).tolist()
     assert confidences == pytest.approx(expected.amax(dim=1).numpy(), abs=1e-6)
     assert ((confidences >= 1 / 3) & (confidences <= 1)).all()
+
+
+def test_the_confidence_in_a_cluster_that_others_chose_is_the_heads_probability_of_it() -> None:
+    head = ClusterHead(2, 3, key=0)
+    features = np.random.default_rng(0).normal(size=(9000, 2)).astype(np.float32)
+    labels = np.arange(9000) % 3
+    with torch.no_grad():
+        expected = head(torch.from_numpy(features)).softmax(dim=1).numpy()
+    assert confidence_in(head, features, labels) == pytest.approx(expected[np.arange(9000), labels], abs=1e-6)
+
+
+def steady_head(clusters: list[int], losses: list[float]) -> TrainedHead:
+    """One that gives each of three directions a cluster of its own."""
+    head = ClusterHead(WIDTH, 3, key=0)
+    weights = {name: torch.zeros_like(value) for name, value in head.state_dict().items()}
+    names = [name for name, value in weights.items() if value.ndim == 2]
+    weights[names[0]][:3, :3] = torch.eye(3)
+    for direction, cluster in enumerate(clusters):
+        weights[names[1]][cluster, direction] = 5
+    best = min(loss for loss in losses if loss == loss)
+    return TrainedHead(weights, best, losses.index(best), losses)
+
+
+def test_a_vote_has_the_confidence_of_its_own_cluster(store: Artifact, tmp_path: Path) -> None:
+    bank = open_bank(store)
+    # Three directions; the second and the third head put the third of them elsewhere than the chosen first.
+    rows = np.zeros_like(bank.plain)
+    rows[np.arange(NUM_IMAGES), np.arange(NUM_IMAGES) % 3] = 1
+    heads = [steady_head([0, 1, 2], [1.5]), steady_head([0, 1, 1], [1.51]), steady_head([0, 1, 1], [1.52])]
+    made = publish_heads(tmp_path, "v", recipe("heads.consensus=true"), bank._replace(plain=rows), heads)
+    assert made.manifest["voting"] == [0, 1, 2]
+    labels, confidences = (np.load(made.file(f"{name}.npy")) for name in ("assignments", "confidences"))
+    assert labels.tolist() == [0, 1, 1] * (NUM_IMAGES // 3)
+    sure, unsure = np.exp(5) / (np.exp(5) + 2), 1 / (np.exp(5) + 2)
+    assert confidences == pytest.approx(np.tile([sure, sure, unsure], NUM_IMAGES // 3), rel=1e-4)
+
+
+def test_epochs_whose_loss_is_no_number_are_kept_as_none(store: Artifact, tmp_path: Path) -> None:
+    head = steady_head([0, 1, 2], [float("nan"), 0.9, float("nan")])
+    made = publish_heads(tmp_path, "n", recipe(), open_bank(store), [head])
+    assert made.manifest["losses_over_time"] == [[None, 0.9, None]]
+    _keep_head(tmp_path / "finished", 7, head)
+    found = _read_head(tmp_path / "finished", 7)
+    assert found is not None
+    assert (found.loss, found.best_epoch) == (0.9, 1)
+    assert np.isnan(found.losses).tolist() == [True, False, True]

@@ -1,5 +1,6 @@
 """What a host tells a training worker reaches its loop."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from spice_ray.config import ImageRecipe
 from spice_ray.contracts import ENCODER
+from spice_ray.errors import TrainingError
 from spice_ray.recipe import check_recipe
 from spice_ray.runtime.data import open_shards
 from spice_ray.runtime.memory import Budget
@@ -51,3 +53,11 @@ def test_a_batch_is_computed_in_as_many_parts_as_the_host_says(local_ray: None, 
     assert in_parts == [4] * (4 * NUM_IMAGES // 16)
     for name, weights in expected.items():
         assert found[name].flatten().tolist() == pytest.approx(weights.flatten().tolist(), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("step", [10, 37])
+def test_a_trial_whose_loss_is_no_number_ends_before_anything_is_published(step: int) -> None:
+    advance = TrialProgress().advance
+    advance(step - 1, 37, torch.tensor(1.0), dict)
+    with pytest.raises(TrainingError, match=f"the loss of step {step} is not a number"):
+        advance(step, 37, torch.tensor(math.nan), dict)

@@ -71,6 +71,7 @@ def test_smallest_cuts_every_cluster_to_the_smallest_and_the_key_chooses_whom():
     for key in range(10):
         result = select(min_consistency=0.4, balance="smallest", key=key)
         assert result.kept == [2, 2, 2]
+        assert result.consistent == [4, 2, 3]
         assert set(result.weights.tolist()) == {0, 1}
         chosen.add(tuple(result.weights.tolist()))
         assert torch.equal(result.weights, select(min_consistency=0.4, balance="smallest", key=key).weights)

@@ -237,6 +237,14 @@ def test_features_that_are_no_numbers_are_an_error_of_one_sentence(bank):
         train(broken, 3, epochs=1)
 
 
+def test_an_epoch_without_a_loss_is_passed_over_and_a_better_one_taken_afterwards(bank, monkeypatch):
+    losses = iter([math.nan, 1.75, math.nan, 1.5])
+    monkeypatch.setattr("spice_ray.stages.train_heads.evaluate_head", lambda *_: next(losses))
+    found = train(bank, epochs=4)
+    assert (found.loss, found.best_epoch) == (1.5, 3)
+    assert np.isnan(found.losses).tolist() == [True, False, True, False]
+
+
 def labels_of(bank: Bank, rows: NDArray[np.int64], **changes: Any) -> Any:
     return label_round(ClusterHead(WIDTH, CLUSTERS, 1), Features(bank, CPU), rows, settings(**changes), CLUSTERS)
 
