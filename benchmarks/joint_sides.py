@@ -163,7 +163,9 @@ def _loader(images: Tensor, transforms: list[Any], batch: int, workers: int) -> 
     pictures = Pictures(images, transforms)
     # One pass that never ends within a benchmark, drawn with replacement as FixMatch draws its labelled rows.
     sampler = RandomSampler(pictures, replacement=True, num_samples=1_000_000_000 // batch * batch)
-    return iter(DataLoader(pictures, batch, sampler=sampler, num_workers=workers, drop_last=True))
+    pinned = torch.cuda.is_available()
+    loader = DataLoader(pictures, batch, sampler=sampler, num_workers=workers, drop_last=True, pin_memory=pinned)
+    return iter(loader)
 
 
 def plain_loop(plain: Plain, count: int, workers: int, device: torch.device, turn: Turn) -> None:

@@ -145,6 +145,16 @@ def report(
 
 
 @app.command()
+def settings(
+    name: Annotated[str | None, typer.Argument(help="A setting such as joint.confidence, or a section.")] = None,
+) -> None:
+    """Say what settings there are and what each means."""
+    from spice_ray.settings_help import find_settings
+
+    typer.echo("\n".join(map(str, find_settings(name))))
+
+
+@app.command()
 def predict(
     run: Annotated[
         Path, typer.Argument(parser=path_of, metavar="RUN", help="A finished run folder, or that of a sweep, or a URL.")

@@ -33,7 +33,9 @@ class Scale(Settings):
     """Training workers, and actors that embed and assign. auto: as many as the cluster holds and the lanes can be
     shared among; when training loses one, those that are left go on, each of which then computes more of a batch."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    """1, or a part of a GPU that several share; 0: workers compute on processors."""
     cpus_per_worker: PositiveInt = 1
+    """Processors of each worker and actor."""
     accumulate: PositiveInt = 1
     """Parts that a worker computes a batch in, one after the other: a batch that its memory would not hold at once.
     SimCLR's batches stay whole in stage 1."""
@@ -41,6 +43,7 @@ class Scale(Settings):
     """Actors that share the heads, or the search for neighbours; none: one per head where the cluster has room, else
     one per free processor."""
     head_gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of each head actor, on which it trains its heads side by side."""
     bank_memory: NonNegativeFloat | None = None
     """GiB of Ray's object store that the features for the heads may take; larger ones are mapped from the files of the
     run. None: half of what is free there."""
@@ -51,7 +54,9 @@ class Scale(Settings):
     wait_seconds: NonNegativeFloat = 0
     """How long a cluster that grows by itself may take to hold the workers, before they are too many for it."""
     checkpoint_seconds: PositiveFloat = 30
+    """Between two checkpoints of training."""
     max_failures: Annotated[int, Field(ge=0)] = 3
+    """How often training goes on after a worker was lost."""
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -80,10 +85,16 @@ class Recipe(Settings):
     min_clusters: Annotated[int, Field(ge=2)] | None = None
     """The least that K may be; none: K is ``num_clusters``. A range sets both."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """All random numbers depend on it, and the order of the images."""
     protocol: Literal["whole", "split"] = "whole"
+    """whole: all images are learnt from, those of the split unlabeled in stage 1 alone. split: those of the split test
+    are only given their clusters, by which the run is scored."""
     heads: Heads
+    """Stage 2."""
     reliable: Reliable
+    """Reliable pseudo-labels."""
     scale: Scale = Scale()
+    """How the work is spread."""
 
     @model_validator(mode="before")
     @classmethod
@@ -143,10 +154,13 @@ class ImageRecipe(Recipe):
     """Everything that a run on images is made of: all three stages."""
 
     image: Image
+    """What an image is."""
     pretrain: Pretrain
+    """Stage 1."""
     heads: ImageHeads
     reliable: ImageReliable
     joint: Joint
+    """Stage 3."""
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:
@@ -156,7 +170,7 @@ class ImageRecipe(Recipe):
             if lanes % workers:
                 raise ValueError(
                     f"scale.workers={workers} does not divide {stage}.lanes={lanes}, and a worker serves "
-                    f"whole lanes; use scale.workers={most} or a divisor of it"
+                    f"whole lanes; use scale.workers={most} or a divisor of it, or more lanes"
                 )
         for stage, lanes in self._trained_lanes.items():
             if lanes // workers % self.scale.accumulate:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SHARDS, LABELS, ENCODER, EMBEDDING = "shards", "labels", "encoder", "embedding"
 HEADS, RELIABLE, JOINT, ASSIGNMENTS = "heads", "reliable", "joint", "assignments"
+VECTORS = "vectors"
+"""Embeddings that were given: embedding.npy, unit rows, float32 (N, D), and plain.npy, float16, as heads take them."""
 NEIGHBORS = "neighbors"
 """The nearest of each row that may be trained on: neighbors.npy, int32 (N, k), numbers among these rows."""
 PREDICTIONS = "predictions"

@@ -33,7 +33,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Settings(BaseModel):
     """Base of all settings: unknown keys are errors and nothing changes after checking."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -50,7 +50,9 @@ class Image(Settings):
     size: Annotated[int, Field(ge=8, le=1024)]
     """Side of the square images in the shards, pixels."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Of red, green and blue in [0, 1], which is taken off; unless told otherwise ImageNet's."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    """What they are divided by then."""
     views: Views = "natural"
     """natural: crops, flips and colour; digits: small distortions, never flipped or recoloured; none: no change."""
 
@@ -75,12 +77,15 @@ class Pretrain(Settings):
     weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     """What the file of ``weights`` must hold; a run notes it here."""
     epochs: PositiveInt
+    """How often every image is seen, in two views."""
     batch_size: PositiveInt
     """B: rows of a global batch, over all workers."""
     loss: Literal["moco", "simclr", "byol"] = "moco"
+    """MoCo-v2's with a queue, SimCLR's among the batch, or BYOL's without negatives."""
     queue_size: PositiveInt | None = None
     """Q: negative keys of MoCo, a multiple of ``batch_size`` and at most a quarter of the images."""
     projection_dim: PositiveInt = 128
+    """P: numbers of a projection, in which views are compared."""
     temperature: PositiveFloat | None = None
     """tau, of MoCo and SimCLR."""
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -92,11 +97,15 @@ class Pretrain(Settings):
     blur: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the views that are blurred; of ``natural`` ones."""
     optimizer: Optimizer = "sgd"
+    """SGD with momentum 0.9, or AdamW."""
     lr: PositiveFloat
     """For batches of ``batch_size``: of a batch c times as large, c times as much with SGD (Goyal et al. 2017)."""
     weight_decay: NonNegativeFloat
+    """Of all weights with MoCo and SGD, as in MoCo's code; else not of biases and batch norm's."""
     warmup_epochs: NonNegativeFloat = 0
+    """Epochs in which the learning rate rises; then it falls along half a cosine."""
     precision: Precision = "fp32"
+    """bf16 computes in half precision where that is safe; fp32 on a GPU has TF32 in convolutions, as torch has."""
 
     @field_validator("encoder")
     @classmethod
@@ -156,16 +165,25 @@ class Heads(Settings):
     """Stage 2, prototype pseudo-labelling (paper III-B, eqs. 2-5)."""
 
     count: PositiveInt = 10
+    """H: heads that are trained, of which one is chosen."""
     epochs: PositiveInt
+    """How often every image is labelled anew and learnt from."""
     round_size: PositiveInt
     """M: images labelled in one round; all of them where there are fewer."""
     confident_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of a cluster's images in a round whose mean is its prototype: those that the head is surest of."""
     assignment: Literal["overlap", "exclusive"] = "overlap"
+    """Whether an image may be labelled for several clusters in a round (the paper's choice), or for one alone."""
     repeats: PositiveInt = 8
+    """Passes over the labelled images of a round."""
     batch_size: PositiveInt = 128
+    """Labelled images of a step."""
     lr: PositiveFloat = 0.005
+    """Of Adam, without a schedule."""
     loss: Literal["double_softmax", "cross_entropy", "tempered"] = "double_softmax"
+    """The paper's cross-entropy of a softmax of a softmax (eq. 4), plain cross-entropy, or one with a temperature."""
     entropy_weight: NonNegativeFloat = 0
+    """How much the entropy of a batch's mean prediction, which is to be large, counts beside the loss."""
     label_view: Literal["weak", "strong"] = "weak"
     """Views whose probabilities choose the prototypes (E-step); the strong ones: the first of them."""
     train_view: Literal["weak", "strong"] = "strong"
@@ -220,7 +238,10 @@ class Reliable(Settings):
     """How neighbours are found: exact compares all rows; ivf, for many millions of them, those of the nearest of
     faiss's inverted lists, as many as find 99 % of the neighbours of a sample."""
     balance: Literal["none", "weights", "smallest"] = "none"
+    """Of clusters with different numbers of reliable samples: none: as they are; weights: each cluster counts the same;
+    smallest: as in the published code, each keeps as many as the smallest has."""
     strict: bool = False
+    """A cluster without a reliable sample is an error."""
 
     @field_validator("neighbors", mode="before")
     @classmethod
@@ -248,28 +269,38 @@ class Joint(Settings):
     """Stage 3, joint training (paper III-C, eqs. 8-9)."""
 
     lanes: PositiveInt = 8
+    """As ``pretrain.lanes``; it divides ``labelled_batch``."""
     encoder: EncoderName | None = None
     """Another encoder than stage 1's, only with ``init: scratch``."""
     init: Literal["stage2", "scratch"] = "stage2"
+    """Whether training goes on from the encoder and the chosen head, or begins with random weights."""
     steps: PositiveInt
+    """Optimiser steps."""
     rounds: PositiveInt = 1
     """Train so many times, ``steps`` each: before each but the first, reliable samples are chosen anew among what the
     model predicts by then, by neighbours in its own embedding."""
     patience: Annotated[int, Field(ge=100)] | None = None
     """Stop where the share of images whose views agree with confidence has not grown for so many steps; none: never."""
     labelled_batch: PositiveInt
+    """B: reliable samples of a global batch."""
     unlabelled_ratio: PositiveInt = 7
     """mu: unlabelled rows for each labelled one."""
     confidence: Annotated[float, Field(ge=0, lt=1)]
     """tau: a weak view's prediction surer than this becomes the label of the strong view."""
     unlabelled_weight: NonNegativeFloat = 1
+    """lambda: how much the unlabelled images count beside the reliable ones."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Share of the averaged weights, which are the result, that stays at each step."""
     optimizer: Optimizer = "sgd"
+    """SGD with Nesterov's momentum 0.9, or AdamW."""
     lr: PositiveFloat
+    """At the beginning; it falls along 7/16 of a cosine."""
     weight_decay: NonNegativeFloat
+    """Not of biases and batch norm's weights."""
     one_pass: bool = True
     """Weak and strong views share batch-norm statistics; false: weak views of the unlabelled go first, alone."""
     precision: Precision = "fp32"
+    """As ``pretrain.precision``."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

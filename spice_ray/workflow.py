@@ -31,7 +31,7 @@ from spice_ray.run_folder import (
     read_finished,
     read_record,
 )
-from spice_ray.runtime.cluster import check_cluster, check_local_cpus, connected, grown
+from spice_ray.runtime.cluster import check_cluster, check_local_cpus, connected, grown, place_of_ray
 from spice_ray.runtime.progress import Reporter
 from spice_ray.shards import check_form, check_kind, check_shards, find_shards, holds_shards, note_ingest
 from spice_ray.storage import Artifact, open_artifact, reporting_disk_errors
@@ -149,7 +149,7 @@ def run(prepared: Prepared, reporter: Reporter, *, verbose: bool = False) -> Art
     Raises:
         SpiceError: The images do not fit the recipe, or a stage failed.
     """
-    reporter.note("starting Ray")
+    reporter.note(place_of_ray())
     with connected(prepared.recipe.scale, verbose=verbose):
         result = _finish(_pipeline(prepared, reporter))
     _report(prepared.run.path, reporter)
@@ -408,6 +408,7 @@ def _shards(prepared: Prepared, reporter: Reporter) -> tuple[Artifact, Artifact 
     with timed(run, "ingest"):
         size = recipe.image.size if isinstance(recipe, ImageRecipe) else None
         found = _ingest(prepared.source, run.artifacts, size, recipe.seed, reporter)
+    run.publish_table(found[0], "rejects.parquet")
     run.record(ingested=found[0].fingerprint, labels_read=prepared.source.labels_known)
     return found
 
@@ -421,7 +422,7 @@ def _ingest(
     rejected = shards.manifest["num_rejects"]
     if rejected:
         unit = "embeddings" if source.kind == "embeddings" else "files"
-        reporter.note(f"{rejected} {unit} could not be read; rejects.parquet says why")
+        reporter.note(f"{rejected} {unit} could not be read; {shards.path / 'rejects.parquet'} says why")
     return shards, labels
 
 

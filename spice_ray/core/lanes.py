@@ -110,7 +110,12 @@ class ResidentLanes:
         positions = np.stack([self._positions(lane, turns) for lane in range(self.num_lanes)], axis=1)
         chosen = torch.from_numpy(positions).flatten().to(self._rows.images.device, non_blocking=True)
         found = (self._rows.images[chosen], self._rows.sample_ids[chosen], self._lanes.draws(turns).flatten())
-        return Batch(*(values.to(self._device, non_blocking=True) for values in found))
+        return Batch(*(self._sent(values) for values in found))
+
+    def _sent(self, values: Tensor) -> Tensor:
+        # From memory that is not pinned a GPU would be waited for.
+        pinned = values.pin_memory() if self._device.type == "cuda" and not values.is_cuda else values
+        return pinned.to(self._device, non_blocking=True)
 
     def _positions(self, lane: int, turns: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions among the resident images of a lane's turns; a turn past the lane's end opens its next pass."""

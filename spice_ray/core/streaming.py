@@ -87,7 +87,9 @@ class StreamedLanes:
 
         while True:
             turns = np.arange(first_turn, first_turn + stream.rows_per_lane)
-            yield _interleaved([window.take(turns, fetch) for window in windows], lanes.draws(turns))
+            batch = _interleaved([window.take(turns, fetch) for window in windows], lanes.draws(turns))
+            # What is copied to a GPU while it computes lies in pinned memory.
+            yield Batch(*(values.pin_memory() for values in batch)) if self._device.type == "cuda" else batch
             first_turn += stream.rows_per_lane
 
     def _needs(self, lane: int, start: int) -> Iterator[_Need]:
@@ -189,11 +191,10 @@ def _take_first(raw: deque[Rows], count: int) -> Rows:
 
 
 def _interleaved(lanes: list[Rows], draws: torch.Tensor) -> Batch:
-    """Row i * L + l is the i-th of lane l; in pinned memory where there is a GPU to copy to."""
+    """Row i * L + l is the i-th of lane l."""
     images = torch.stack([rows.images for rows in lanes], dim=1).flatten(0, 1)
     ids = torch.stack([rows.sample_ids for rows in lanes], dim=1).flatten()
-    batch = Batch(images, ids, draws.flatten())
-    return Batch(*(values.pin_memory() for values in batch)) if torch.cuda.is_available() else batch
+    return Batch(images, ids, draws.flatten())
 
 
 class Ahead(Generic[Item]):

@@ -82,9 +82,14 @@ class FolderSource:
         root = place_of(self.root)
         listing = _listing(walk(root) if self.entries is None else self.entries)
         if listing.num_others:
-            _log.info("%s: %d files were ignored, their names are not those of images", root, listing.num_others)
+            _log.warning(
+                "%s: %d files are left out, their names have no extension of an image; a list of their paths (.txt) "
+                "would have them read",
+                root,
+                listing.num_others,
+            )
         if listing.num_linked_folders:
-            _log.info("%s: %d linked folders were not followed", root, listing.num_linked_folders)
+            _log.warning("%s: %d links to folders are not followed", root, listing.num_linked_folders)
         return listing
 
     def listing_digest(self) -> str:

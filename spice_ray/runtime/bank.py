@@ -40,11 +40,16 @@ class BankPlace:
 
 
 def open_bank(store: Artifact) -> Bank:
-    """The bank of an embedding store, mapped; where it has no views, the plain feature stands for them."""
-    arrays = {name: np.load(store.file(f"{name}.npy"), mmap_mode="r") for name in ("embedding", "plain")}
-    if store.manifest["views"] == 0:
-        return Bank(**arrays, weak=arrays["plain"], strong=arrays["plain"][None])
-    return Bank(**arrays, **{name: np.load(store.file(f"{name}.npy"), mmap_mode="r") for name in ("weak", "strong")})
+    """The bank of an embedding store, mapped; the plain feature stands for views that it has not."""
+
+    def mapped(name: str) -> NDArray[np.floating]:
+        array: NDArray[np.floating] = np.load(store.file(f"{name}.npy"), mmap_mode="r")
+        return array
+
+    plain = mapped("plain")
+    has_views = store.manifest["views"] > 0
+    weak = mapped("weak") if has_views and store.manifest.get("weak") != "plain" else plain
+    return Bank(mapped("embedding"), plain, weak, mapped("strong") if has_views else plain[None])
 
 
 def bank_bytes(bank: Bank) -> int:

@@ -75,6 +75,13 @@ def connected(scale: Scale, *, verbose: bool) -> Iterator[None]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def place_of_ray() -> str:
+    """Which Ray :func:`connected` will use, in a sentence."""
+    if "RAY_ADDRESS" in os.environ:
+        return f"using the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
+    return "starting Ray on this machine; RAY_ADDRESS=auto would use a cluster that it belongs to"
+
+
 def find_spice_error(error: BaseException | None) -> SpiceError | None:
     """The error of ours that Ray wrapped, as often as it did, or None."""
     import ray

@@ -1,5 +1,7 @@
 """Stage 2 and reliable pseudo-labels on embeddings that were given: stages 1 and 3 need images."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,8 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from spice_ray.contracts import ASSIGNMENTS, EMBEDDING
-from spice_ray.core.neighbors import exact_neighbors
+from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, VECTORS
 from spice_ray.image_counts import check_count
 from spice_ray.readers.parts import vectors_of
 from spice_ray.runtime.data import Shards
@@ -24,7 +25,7 @@ from spice_ray.runtime.reliable import read_reliable
 from spice_ray.storage import Artifact, publish
 
 Ints = NDArray[np.int64]
-Rows = NDArray[np.floating]
+_ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,28 @@ class EmbeddingPipeline(Pipeline):
         check_count(self.recipe, self.train_shards.num_counted, self.train_shards.num_counted)
 
     @cached_property
-    def embedding(self) -> Artifact:
-        """The given embeddings as the heads take them."""
-        views, damaged = self.recipe.heads.views, sorted(self.damaged)
+    def frozen(self) -> Artifact:
+        """The given embeddings as unit rows."""
+        damaged = sorted(self.damaged)
         settings: dict[str, Any] = {"damaged": damaged} if damaged else {}
-        if views:
-            settings |= {"views": views, "protocol": self.recipe.protocol}
 
         def make(print_: str, progress: Path, show: Show) -> None:
-            publish_given(self._root, print_, self.all_shards, training_ids(self.train_shards), views, show)
+            publish_vectors(self._root, print_, self.all_shards, show)
 
-        return self._artifact(EMBEDDING, "embedding", "rows", settings, [self.shards_artifact], make)
+        return self._artifact(VECTORS, "embedding", "rows", settings, [self.shards_artifact], make)
+
+    @cached_property
+    def embedding(self) -> Artifact:
+        """The given embeddings as the heads take them, with their views."""
+        frozen, views = self.frozen, self.recipe.heads.views
+        neighbors = self.neighbors if views else None
+        settings = {"views": views, "protocol": self.recipe.protocol}
+        parents = [frozen] if neighbors is None or self.recipe.reliable.index == "exact" else [frozen, neighbors]
+
+        def make(print_: str, progress: Path, show: Show) -> None:
+            publish_views(self._root, print_, frozen, neighbors, training_ids(self.train_shards), views)
+
+        return self._artifact(EMBEDDING, "views of the heads", "views", settings, parents, make)
 
     @cached_property
     def assignments(self) -> Artifact:
@@ -64,38 +76,73 @@ class EmbeddingPipeline(Pipeline):
 
     @property
     def made(self) -> list[Artifact]:
-        """Shards, the store, the heads and the reliable labels."""
-        return [self.shards_artifact, self.embedding, self.heads, self.neighbors, self.reliable]
+        """Shards, the vectors and their views, the heads and the reliable labels."""
+        return [self.shards_artifact, self.frozen, self.embedding, self.heads, self.neighbors, self.reliable]
 
 
-def publish_given(root: Path, print_: str, shards: Shards, train_ids: Ints, views: int, show: Show) -> Artifact:
-    """Publish given embeddings as an embedding store.
+def publish_vectors(root: Path, print_: str, shards: Shards, show: Show) -> Artifact:
+    """Publish given embeddings as unit rows, and as the heads take them.
 
     Heads take unit rows times the root of D: models give vectors of any length, and a learning rate fits but one.
-    Strong views of a row that may be trained on are its nearest neighbours among these, as in NNCLR (Dwibedi et al.,
-    2021): the label of a row is learnt by what is most like it. Where there are fewer rows, there are fewer views.
     """
     width = shards.format.size
 
     def write(folder: Path) -> dict[str, Any]:
         shape = (shards.num_rows, width)
-        embedding, plain = (
-            new_array(folder / "embedding.npy", shape),
-            new_array(folder / "plain.npy", shape, np.float16),
-        )
+        embedding = new_array(folder / "embedding.npy", shape)
+        plain = new_array(folder / "plain.npy", shape, np.float16)
         done = 0
         for table in _tables(shards):
-            ids, vectors = table["sample_id"].to_numpy(), vectors_of(table)
-            embedding[ids] = unit_rows(vectors)
-            plain[ids] = unit_rows(vectors) * np.sqrt(width)
+            ids, rows = table["sample_id"].to_numpy(), unit_rows(vectors_of(table))
+            embedding[ids], plain[ids] = rows, rows * np.sqrt(width)
             done += len(ids)
             show(Done(done, shards.num_counted, None))
         for array in (embedding, plain):
             array.flush()
-        found = _write_neighbors(folder, embedding, plain, train_ids, min(views, len(train_ids) - 1))
-        return {"num_images": shards.num_rows, "embed_dim": width, "views": found}
+        return {"num_images": shards.num_rows, "embed_dim": width}
+
+    return publish(root, VECTORS, print_, write)
+
+
+def publish_views(
+    root: Path, print_: str, vectors: Artifact, neighbors: Artifact | None, train_ids: Ints, views: int
+) -> Artifact:
+    """Publish vectors as an embedding store.
+
+    Strong views of a row that may be trained on are its nearest neighbours among these, as in NNCLR (Dwibedi et al.,
+    2021): the label of a row is learnt by what is most like it. Where there are fewer rows, there are fewer views.
+    """
+
+    def write(folder: Path) -> dict[str, Any]:
+        for name in ("embedding.npy", "plain.npy"):
+            _link(vectors.file(name), folder / name)
+        nearest = np.empty((0, 0), np.int32)
+        if neighbors is not None:
+            nearest = np.load(neighbors.file("neighbors.npy"), mmap_mode="r")[:, :views]
+            _write_strong(folder, train_ids, nearest)
+        told = {name: vectors.manifest[name] for name in ("num_images", "embed_dim")}
+        return {**told, "views": nearest.shape[1], "weak": "plain"}
 
     return publish(root, EMBEDDING, print_, write)
+
+
+def _write_strong(folder: Path, train_ids: Ints, nearest: NDArray[np.int32]) -> None:
+    """The neighbours' rows in the place of views; of rows that are not trained on zeros, which nobody looks at."""
+    plain = np.load(folder / "plain.npy", mmap_mode="r")
+    strong = new_array(folder / "strong.npy", (nearest.shape[1], *plain.shape), np.float16)
+    for view in range(nearest.shape[1]):
+        for first in range(0, len(train_ids), _ROWS_AT_ONCE):
+            rows = slice(first, first + _ROWS_AT_ONCE)
+            strong[view, train_ids[rows]] = plain[train_ids[nearest[rows, view]]]
+    strong.flush()
+
+
+def _link(file: Path, name: Path) -> None:
+    """Another name for a file that nobody writes to; a copy where the disk has no such names."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 def unit_rows(vectors: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -103,22 +150,6 @@ def unit_rows(vectors: NDArray[np.floating]) -> NDArray[np.float64]:
     # In float64 the square of the largest float32 is a number.
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     return vectors / norms
-
-
-def _write_neighbors(folder: Path, embedding: Rows, plain: Rows, train_ids: Ints, views: int) -> int:
-    """The files of views, unless there are none; gives how many there are."""
-    if views:
-        neighbors = train_ids[exact_neighbors(embedding[train_ids], views)[0].numpy()]
-        weak, strong = (
-            new_array(folder / "weak.npy", plain.shape, np.float16),
-            new_array(folder / "strong.npy", (views, *plain.shape), np.float16),
-        )
-        weak[:] = plain
-        for view in range(views):
-            strong[view, train_ids] = plain[neighbors[:, view]]
-        for array in (weak, strong):
-            array.flush()
-    return views
 
 
 def _tables(shards: Shards) -> Iterator[pa.Table]:

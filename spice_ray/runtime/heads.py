@@ -24,7 +24,7 @@ from spice_ray.image_counts import num_views
 from spice_ray.runtime.bank import BankPlace, bank_bytes
 from spice_ray.runtime.cluster import room
 from spice_ray.runtime.head_progress import HeadProgress, state_file
-from spice_ray.runtime.memory import free_on_device
+from spice_ray.runtime.memory import device_of, free_on_device
 from spice_ray.runtime.progress import ProgressWriter
 from spice_ray.runtime.weights import load_weights, save_weights
 from spice_ray.settings import Heads
@@ -49,7 +49,7 @@ class HeadActor:
         self._recipe, self._scale, self._starts = recipe, scale, starts
         self._writer = ProgressWriter(progress, writer)
         self._done: dict[tuple[int, ...], int] = {}
-        device = torch.device("cuda" if scale.head_gpus else "cpu")
+        device = device_of(scale.head_gpus)
         bank = place.open()
         resident = bank_bytes(bank) <= free_on_device(device, scale.head_gpus)
         self._features = Features(bank, device, resident=resident)

@@ -21,6 +21,7 @@ from spice_ray.errors import TrainingError
 from spice_ray.readers.parts import images_of, read_column
 from spice_ray.runtime.cluster import num_workers
 from spice_ray.runtime.data import Shards
+from spice_ray.runtime.memory import device_of
 from spice_ray.runtime.reading import read_parts
 from spice_ray.runtime.reliable import ReliableTable, read_reliable
 from spice_ray.runtime.weights import load_encoder, load_joint
@@ -50,12 +51,12 @@ class InferenceJob:
     recipe: ImageRecipe
     image_size: int
     threads: int
-    use_gpu: bool
+    gpus: float
 
     @property
     def device(self) -> torch.device:
         """Where the actor computes."""
-        return torch.device("cuda" if self.use_gpu else "cpu")
+        return device_of(self.gpus)
 
 
 class EmbedImages:
@@ -116,7 +117,8 @@ def map_images(
     """Send every shard file through a pool of ``scale.workers`` actors and hand identity and values to ``take``."""
     files = shards.readable
     total = sum(file.rows for file in files)
-    outputs = read_parts(shards.path, files, shards.format).map_batches(
+    # As map_batches, which takes no files for batches where there are GPUs.
+    outputs = read_parts(shards.path, files, shards.format).map_batches_internal(
         actor,
         fn_constructor_args=(job,),
         batch_size=None,
@@ -301,7 +303,7 @@ def assignments_table(
 
 
 def _job(model: Artifact, recipe: ImageRecipe, shards: Shards, scale: Scale) -> InferenceJob:
-    return InferenceJob(model, recipe, shards.image_size, scale.cpus_per_worker, scale.gpus_per_worker > 0)
+    return InferenceJob(model, recipe, shards.image_size, scale.cpus_per_worker, scale.gpus_per_worker)
 
 
 def new_array(file: Path, shape: tuple[int, ...], dtype: type[np.floating] = np.float32) -> np.memmap[Any, Any]:

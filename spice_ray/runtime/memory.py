@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from spice_ray.config import Scale
+from spice_ray.errors import ResourceError
 
 _SHARE = 0.5
 """Of what is free: models, views and other programs need the rest."""
@@ -17,6 +18,22 @@ class Budget(NamedTuple):
 
     on_device: int
     on_host: int
+
+
+def device_of(gpus: float) -> torch.device:
+    """Where a process computes that Ray has given so many GPUs, or a part of one.
+
+    Raises:
+        ResourceError: It was given one, and torch finds none.
+    """
+    if not gpus:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ResourceError(
+            "a process was given a GPU and torch finds none; see that every node with GPUs has their driver and a "
+            "torch with CUDA, or leave out scale.gpus_per_worker and scale.head_gpus"
+        )
+    return torch.device("cuda")
 
 
 def image_budget(scale: Scale, device: torch.device, num_sharing: int) -> Budget:
@@ -37,6 +54,7 @@ def free_on_device(device: torch.device, gpus: float) -> int:
     """What one process that was given ``gpus`` GPUs may hold there, bytes; 0 where the device is none."""
     if device.type != "cuda":
         return 0
+    torch.cuda.empty_cache()  # what an earlier stage of this process has let go of is free too
     free, _ = torch.cuda.mem_get_info(device)
     return int(free * _SHARE * min(1.0, gpus))
 

@@ -19,7 +19,7 @@ from spice_ray.core.inverted_lists import ListSearch, build_lists, choose_probes
 from spice_ray.core.neighbors import NeighborSearch
 from spice_ray.errors import StorageError
 from spice_ray.runtime.cluster import room
-from spice_ray.runtime.memory import free_on_device
+from spice_ray.runtime.memory import device_of, free_on_device
 from spice_ray.storage import Artifact, publish, read_json, reporting_disk_errors, write_json
 
 WIDEST = 100
@@ -31,6 +31,8 @@ actor would have been started."""
 _BYTES_OF_ACTOR = 1.5e9
 """At most: rows that it keeps, what it compares at once, and torch."""
 _STEP = 1024
+_GPU_BLOCK = 4096
+"""A GPU has little to do in a block of so few rows as a processor takes; the working memory of one is 2 GB."""
 _RETRIES = 3
 
 Ints = NDArray[np.int64]
@@ -60,6 +62,8 @@ class NeighborJob:
 
     file: Path
     """Unit rows, float32, (N, D)."""
+    width: int
+    """D."""
     train_ids: Ints
     """Those among which and of which neighbours are looked for, ascending."""
     k: int
@@ -113,12 +117,12 @@ class PartFinder:
     """Looks for neighbours in this process, on its GPU where it has one or a part of one."""
 
     def __init__(self, job: NeighborJob, gpus: float) -> None:
-        device = torch.device("cuda" if gpus else "cpu")
+        device = device_of(gpus)
         rows = TrainRows(job.file, job.train_ids)
         fits = 4 * rows.shape[0] * rows.shape[1] <= free_on_device(device, gpus)
         self._job = job
         self._search = (
-            NeighborSearch(_on_device(rows, device) if fits else rows, job.k, device=device)
+            NeighborSearch(_on_device(rows, device) if fits else rows, job.k, block=_block(gpus), device=device)
             if job.lists_key is None
             else open_lists(job)
         )
@@ -179,9 +183,13 @@ def _on_device(rows: TrainRows, device: torch.device) -> torch.Tensor:
     return found
 
 
-def rows_of_part(num_rows: int, width: int) -> int:
+def rows_of_part(num_rows: int, width: int, gpus: float = 0) -> int:
     """How many rows make a part: where there are many to be compared with few, for the sake of progress."""
-    return max(1, int(_PRODUCTS_OF_PART / (num_rows * width)) // _STEP) * _STEP
+    return max(1, int(_PRODUCTS_OF_PART / (num_rows * width)) // _STEP) * _block(gpus)
+
+
+def _block(gpus: float) -> int:
+    return _GPU_BLOCK if gpus else _STEP
 
 
 def find_neighbors(job: NeighborJob, scale: Scale, tell: Callable[[int, int], None]) -> Iterator[NDArray[np.int32]]:
@@ -214,7 +222,9 @@ def _found(job: NeighborJob, scale: Scale, missing: list[int]) -> Iterator[int]:
     """Find the missing parts, and give the number of rows of each."""
     if not missing:
         return
-    is_small = len(job.starts) == 1
+    gpus = 0 if job.lists_key is not None else scale.gpus_per_worker  # lists are looked into by processors
+    # A part of a GPU's may be too much for the driver's processor.
+    is_small = len(job.starts) == 1 and not (gpus and len(job.train_ids) ** 2 * job.width > _PRODUCTS_OF_PART)
     if job.lists_key is not None and not mirror.exists(job.recall):
         if is_small:
             make_lists(job)
@@ -223,7 +233,6 @@ def _found(job: NeighborJob, scale: Scale, missing: list[int]) -> Iterator[int]:
     if is_small:
         yield from map(PartFinder(job, gpus=0).find, missing)
         return
-    gpus = 0 if job.lists_key is not None else scale.gpus_per_worker  # lists are looked into by processors
     remote = ray.remote(NeighborActor).options(
         num_cpus=scale.cpus_per_worker,
         num_gpus=gpus,

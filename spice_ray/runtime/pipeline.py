@@ -69,6 +69,11 @@ class Pipeline(ABC):
         """The frozen embedding and the heads' views."""
 
     @property
+    def frozen(self) -> Artifact:
+        """Where the unit rows of the frozen embedding are."""
+        return self.embedding
+
+    @property
     @abstractmethod
     def assignments(self) -> Artifact:
         """Every image's cluster."""
@@ -101,7 +106,7 @@ class Pipeline(ABC):
         recipe = self.recipe
         if recipe.min_clusters is None:
             return None
-        embedding = self.embedding
+        embedding = self.frozen
         settings = {"least": recipe.min_clusters, "most": recipe.num_clusters, **self._common()}
 
         def make(print_: str, progress: Path, show: Show) -> None:
@@ -118,7 +123,7 @@ class Pipeline(ABC):
         recipe = self._with_count
         if recipe.heads.prior != ESTIMATE:
             return None
-        embedding = self.embedding
+        embedding = self.frozen
         settings = {"num_clusters": recipe.num_clusters, **self._common()}
 
         def make(print_: str, progress: Path, show: Show) -> None:
@@ -170,7 +175,7 @@ class Pipeline(ABC):
     @cached_property
     def neighbors(self) -> Artifact:
         """Who the nearest of each row are, in the embedding."""
-        return self.neighbors_in(self.embedding)
+        return self.neighbors_in(self.frozen)
 
     def neighbors_in(self, embedding: Artifact) -> Artifact:
         """Who the nearest of each row of ``embedding`` are: at least as many as the reliable labels ask.
@@ -188,10 +193,11 @@ class Pipeline(ABC):
             lists_key = stream_key(recipe.seed, "lists")
 
         def make(print_: str, progress: Path, show: Show) -> None:
-            part_rows = rows_of_part(num_rows, embedding.manifest["embed_dim"])
+            width = embedding.manifest["embed_dim"]
+            part_rows = rows_of_part(num_rows, width, recipe.scale.gpus_per_worker)
             parts = self.run.checkpoints / f"{NEIGHBORS}-{print_}"
             job = NeighborJob(
-                embedding.file("embedding.npy"), training_ids(self.train_shards), k, part_rows, parts, lists_key
+                embedding.file("embedding.npy"), width, training_ids(self.train_shards), k, part_rows, parts, lists_key
             )
             tell = ProgressWriter(progress, "all").write
             watched(lambda: publish_neighbors(self._root, print_, job, recipe.scale, tell), progress, show)

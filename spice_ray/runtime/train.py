@@ -15,7 +15,7 @@ from spice_ray.config import Scale
 from spice_ray.core import collectives
 from spice_ray.errors import DamagedError, SpiceError, StorageError, TrainingError, UnreachableError
 from spice_ray.runtime.cluster import find_spice_error, num_workers
-from spice_ray.runtime.memory import image_budget
+from spice_ray.runtime.memory import device_of, image_budget
 from spice_ray.runtime.train_progress import ERROR_FILE, TrainProgress, leave_error
 from spice_ray.runtime.workers import Host, JointJob, PretrainJob
 from spice_ray.storage import open_artifact, read_json
@@ -32,8 +32,9 @@ def _work(config: dict[str, Any]) -> None:
     if _said(folder) is not None:
         return  # a retry would only meet the error again
     torch.set_num_threads(scale.cpus_per_worker)
-    device = ray.train.torch.get_device()
     try:
+        device_of(scale.gpus_per_worker)  # Ray Train would go on without one
+        device = ray.train.torch.get_device()
         if not _is_seen(folder):
             raise StorageError(f"{folder} is not seen by every node; choose an --out that all nodes mount")
         sharing = ray.train.get_context().get_local_world_size()

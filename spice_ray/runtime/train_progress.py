@@ -63,6 +63,7 @@ class TrainProgress:
         self._writer = ProgressWriter(folder, "train") if collectives.rank() == 0 else None
         self._folder = folder
         self._losses: list[float] = []
+        self._num_written = 0
         self._health: list[list[float]] = []
         self._pending: list[Tensor] = []
         self._fetched: Fetched | None = None
@@ -90,9 +91,10 @@ class TrainProgress:
             self._writer.write(step, total, self._losses[-1])
         if step == total:
             self._settle()
-            self._write_losses(total)
+            self._write_losses(is_over=True)
         elif collectives.first_worker_decides(self._is_due(), self._device):
             self._settle()
+            self._write_losses(is_over=False)
             self._save(step, snapshot())
 
     def note_health(self, epoch: int, loss: Tensor, health: Health) -> None:
@@ -153,12 +155,22 @@ class TrainProgress:
         self._written.set()
         return ray.train.Checkpoint(folder, system)
 
-    def _write_losses(self, total: int) -> None:
-        """Leave the loss of every step beside the progress, for whoever looks into a run."""
-        if self._writer is not None:
-            self._writer.write(total, total, self._losses[-1])
-            lines = (f"{number},{value:.9g}" for number, value in enumerate(self._losses, 1))
-            _write_table(self._folder / "losses.csv", ["step", "loss"], lines)
+    def _write_losses(self, *, is_over: bool) -> None:
+        """Leave the loss of every step beside the progress, for whoever looks into a run; on a server in the end."""
+        if self._writer is None:
+            return
+        if is_over:
+            self._writer.write(len(self._losses), len(self._losses), self._losses[-1])
+        file, first = self._folder / "losses.csv", self._num_written
+        if mirror.is_mirrored(file) and not is_over:
+            return
+        lines = [f"{number},{value:.9g}" for number, value in enumerate(self._losses[first:], first + 1)]
+        if first == 0:  # also where another process that was lost has written some
+            _write_table(file, ["step", "loss"], lines)
+        else:
+            with suppress(OSError), file.open("a", encoding="ascii") as table:  # a full disk is told of by checkpoints
+                table.writelines(f"{line}\n" for line in lines)
+        self._num_written = len(self._losses)
 
 
 def check_loss(step: int, loss: float) -> None:

@@ -24,7 +24,7 @@ from spice_ray.runtime.bank import open_bank
 from spice_ray.runtime.image_pipeline import ImagePipeline
 from spice_ray.runtime.inference import final_loss, predict_all, readable_ids, training_ids
 from spice_ray.runtime.looks import Look, Looks
-from spice_ray.runtime.memory import image_budget
+from spice_ray.runtime.memory import device_of, image_budget
 from spice_ray.runtime.train_progress import check_loss
 from spice_ray.runtime.weights import load_head, load_joint
 from spice_ray.runtime.workers import Host, augmentation_of, initial_joint, publish_skipped, run_joint
@@ -221,7 +221,7 @@ class TrialProgress:
 
 
 def _device(pipeline: ImagePipeline) -> torch.device:
-    return torch.device("cuda" if pipeline.recipe.scale.gpus_per_worker else "cpu")
+    return device_of(pipeline.recipe.scale.gpus_per_worker)
 
 
 def _predictions_by_pool(pipeline: ImagePipeline, folder: Path) -> Predictions:

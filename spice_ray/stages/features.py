@@ -25,6 +25,7 @@ class Features:
         """D."""
         self.num_strong = len(bank.strong)
         """V."""
+        self._kept: dict[int, Tensor] = {}
         gather = self._on_device if resident else self._on_host
         self._embedding, self._plain, self._weak = gather(bank.embedding), gather(bank.plain), gather(bank.weak)
         self._strong = [gather(view) for view in bank.strong]
@@ -54,5 +55,8 @@ class Features:
         return lambda rows: torch.from_numpy(array[rows]).to(self.device, non_blocking=True).float()
 
     def _on_device(self, array: NDArray[np.floating]) -> _Gather:
-        kept = torch.from_numpy(np.array(array)).to(self.device)
+        place = array.__array_interface__["data"][0]
+        if place not in self._kept:  # without views one array stands for several
+            self._kept[place] = torch.from_numpy(np.array(array)).to(self.device)
+        kept = self._kept[place]
         return lambda rows: kept[torch.from_numpy(rows).to(self.device)].float()

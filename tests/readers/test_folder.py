@@ -52,7 +52,7 @@ def test_hidden_entries_and_other_files_are_ignored_and_the_others_are_counted(
     os.mkfifo(tmp_path / "pipe.png")
     with caplog.at_level(logging.INFO):
         assert [record.source for record in records(open_source(str(tmp_path)))] == ["a.png"]
-    assert "4 files were ignored" in caplog.text
+    assert "4 files are left out" in caplog.text
 
 
 def test_links_to_files_are_followed_and_links_to_folders_are_not(
@@ -65,7 +65,7 @@ def test_links_to_files_are_followed_and_links_to_folders_are_not(
     (root / "b.png").symlink_to(outside / "b.png")
     with caplog.at_level(logging.INFO):
         assert contents(open_source(str(root))) == {"b.png": png(0), "sub/a.png": png(0)}
-    assert "2 linked folders were not followed" in caplog.text
+    assert "2 links to folders are not followed" in caplog.text
 
 
 def test_a_file_that_vanished_or_cannot_be_read_is_a_record_with_a_reason(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_given_weights_are_the_encoder_and_their_file_is_not_needed_any_more(nam
     weights.unlink()
     part = pipeline.all_shards.files[0]
     table = read_part(tmp_path / "data" / "shards-0a", part, PartFormat(SIZE, "pixels"))
-    rows = EmbedImages(InferenceJob(artifact, pipeline.recipe, SIZE, 1, False))(table)["values"].to_pylist()
+    rows = EmbedImages(InferenceJob(artifact, pipeline.recipe, SIZE, 1, 0))(table)["values"].to_pylist()
     images = torch.from_numpy(np.stack([np.frombuffer(row, np.uint8) for row in table["image"].to_pylist()]).copy())
     settings = pipeline.recipe.image
     mean, std = (torch.tensor(x)[:, None, None] for x in (settings.mean, settings.std))

@@ -24,20 +24,20 @@ from spice_ray.runtime.neighbors import NeighborJob, find_neighbors, publish_nei
 from spice_ray.storage import read_json
 from tests.processes import own_actors
 
-NUM_ROWS, K = 400, 7
+NUM_ROWS, WIDTH, K = 400, 6, 7
 IDS = np.setdiff1d(np.arange(NUM_ROWS), [0, 5, 6, 7, 100, 399])
 
 
 @pytest.fixture
 def embedding(tmp_path: Path) -> Path:
-    rows = normalize(torch.randn(NUM_ROWS, 6, generator=torch.Generator().manual_seed(0)))
+    rows = normalize(torch.randn(NUM_ROWS, WIDTH, generator=torch.Generator().manual_seed(0)))
     rows[200:220] = rows[20:40]  # ties
     np.save(tmp_path / "embedding.npy", rows.numpy())
     return tmp_path / "embedding.npy"
 
 
 def job_of(embedding: Path, parts: Path, part_rows: int = 90) -> NeighborJob:
-    return NeighborJob(embedding, IDS, K, part_rows, parts)
+    return NeighborJob(embedding, WIDTH, IDS, K, part_rows, parts)
 
 
 def found(job: NeighborJob, scale: Scale = Scale()) -> np.ndarray:  # noqa: B008

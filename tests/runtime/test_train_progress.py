@@ -82,6 +82,25 @@ def test_there_is_no_queue_of_checkpoints_that_are_not_written_yet(trainer: Trai
     assert len(trainer.writers) == 2
 
 
+def test_losses_are_in_a_table_from_checkpoint_to_checkpoint(trainer: Trainer, tmp_path: Path) -> None:
+    progress, weights, table = progress_in(tmp_path / "progress"), torch.zeros(3), tmp_path / "progress" / "losses.csv"
+    for steps, written in ((range(1, 11), 10), (range(11, 25), 20), (range(25, 41), 30)):
+        advance(progress, steps, 100, weights)
+        assert table.read_text().splitlines() == ["step,loss", *(f"{step},{step}" for step in range(1, written + 1))]
+        trainer.writers[-1]()
+
+
+def test_losses_behind_the_checkpoint_that_a_run_goes_on_from_are_forgotten(trainer: Trainer, tmp_path: Path) -> None:
+    first = progress_in(tmp_path / "progress")
+    advance(first, range(1, 11), 100, torch.zeros(3))
+    trainer.known = Path(trainer.writers[0]().path)
+    advance(first, range(11, 21), 100, torch.zeros(3))
+    second = progress_in(tmp_path / "progress", seconds=1000)
+    assert second.restore() is not None
+    advance(second, range(11, 16), 15, torch.zeros(3))
+    assert (tmp_path / "progress" / "losses.csv").read_text().splitlines()[-1] == "15,15"
+
+
 def test_a_run_that_goes_on_knows_its_losses_from_the_first_step(trainer: Trainer, tmp_path: Path) -> None:
     advance(progress_in(tmp_path / "progress"), range(1, 11), 15, torch.zeros(3))
     trainer.known = Path(trainer.writers[0]().path)
