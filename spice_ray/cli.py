@@ -72,12 +72,21 @@ def run(
     data: Data,
     out: Out,
     overrides: Overrides = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            parser=path_of,
+            metavar="RUN",
+            help="Another run of these images, with other settings: what it has made and they do not change is shared.",
+        ),
+    ] = None,
     labels_from_folders: FolderLabels = False,
     verbose: Verbose = False,
 ) -> None:
     """Cluster images, or embeddings: all stages, from whatever is finished already."""
     settings = load_recipe(recipe, overrides or [])
-    prepared = workflow.prepare(settings, data, out, labels_from_folders=labels_from_folders)
+    prepared = workflow.prepare(settings, data, out, labels_from_folders=labels_from_folders, base=base)
     workflow.run(prepared, ConsoleReporter(), verbose=verbose)
     _show_result(out)
 

@@ -2,7 +2,7 @@
 
 run.json               the recipe without scale, and what was asked for where K was chosen or the prior estimated;
                        where the images came from; the artifacts of the result and where they are: artifacts_root
-                       where a sweep's winner shares those of its run
+                       where a run shares those of another, or a sweep's winner those of its run
 artifacts/             what each stage left behind
 assignments.parquet    the product: one row per image that was read
 rejects.parquet        one row per image that was not
@@ -15,6 +15,7 @@ checkpoints/, progress/   of stages under way; may be deleted
 """
 
 import fcntl
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class RunFolder:
     path: Path
     artifacts: Path
     """The root of its artifacts: below ``path``, or those of the run that a sweep's trial shares."""
+
+    @property
+    def owner(self) -> Path:
+        """The folder of the run that the artifacts are of."""
+        return self.artifacts.parent
 
     @property
     def checkpoints(self) -> Path:
@@ -103,7 +109,7 @@ class RunFolder:
         return float(read_json(file)["seconds"]) if mirror.exists(file) else None
 
     def _seconds_of(self, name: str) -> Path:
-        return self.artifacts.parent / "seconds" / f"{name}.json"
+        return self.owner / "seconds" / f"{name}.json"
 
     def publish_table(self, artifact: Artifact, name: str) -> None:
         """Give the user a copy of an artifact's table beside run.json.
@@ -122,24 +128,34 @@ def science(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude={"scale"})
 
 
-def claim(path: Path, recipe: Recipe, source: dict[str, str]) -> RunFolder:
+def claim(path: Path, recipe: Recipe, source: dict[str, str], base: Path | None = None) -> RunFolder:
     """Make a run folder, or take one that holds the same settings.
 
     Args:
         path: The folder; made where it does not exist.
         recipe: The run's.
         source: Where the images come from: ``path``, for people, and ``digest``, equal for the same images.
+        base: The folder of another run of these images, whose artifacts are shared; none: as ``path`` began.
 
     Raises:
-        StorageError: The folder holds something else; nothing in it was touched.
+        StorageError: A folder holds something else; nothing in them was touched.
     """
-    check_held(path, recipe, source)
+    check_held(path, recipe, source, base)
     with reporting_disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         if not holds_run(path):
-            write_json(path / _RECORD, {"recipe": science(recipe), "source": source})
+            where = {} if base is None else {"artifacts_root": _root_of(base, path)}
+            write_json(path / _RECORD, {"recipe": science(recipe), "source": source, **where})
         lock(path)
-    run = RunFolder(path, path / "artifacts")
+    root = read_record(path).get("artifacts_root")
+    run = RunFolder(path, path / "artifacts" if root is None else mirror.joined(path, root))
+    if root is not None:
+        if not holds_run(run.owner):
+            raise StorageError(
+                f"{path} shares the artifacts of the run {run.owner}, which is gone; choose another --out"
+            )
+        mirror.make_here(run.owner)
+        lock(run.owner)
     clear_staging(run.artifacts)
     return run
 
@@ -171,18 +187,25 @@ def claim_predictions(path: Path, model: str, source: dict[str, str]) -> RunFold
     return folder
 
 
-def check_held(path: Path, recipe: Recipe, source: dict[str, str]) -> None:
+def check_held(path: Path, recipe: Recipe, source: dict[str, str], base: Path | None = None) -> None:
     """Refuse a folder that holds something else than this run; nothing is touched.
 
     Raises:
-        StorageError: Says what it holds.
+        StorageError: Says what it holds; or why ``base`` has nothing for the run.
     """
     check_folder(path)
     with reporting_disk_errors(path):
-        if holds_run(path):
-            _check_same(path, read_record(path), {"recipe": science(recipe), "source": source})
-        else:
+        if base is not None:
+            _check_base(path, base, recipe, source)
+        if not holds_run(path):
             _check_empty(path)
+            return
+        record = read_record(path)
+        _check_same(path, record, {"recipe": science(recipe), "source": source})
+        held = record.get("artifacts_root")
+        if base is not None and held != _root_of(base, path):
+            began = "without --from" if held is None else f"with the artifacts in {held}"
+            raise StorageError(f"{path} began {began}; leave --from out, or choose another --out")
 
 
 def lock(path: Path) -> None:
@@ -273,6 +296,32 @@ def open_made(path: Path, record: dict[str, Any], kind: str) -> Artifact:
     return artifact
 
 
+def _root_of(base: Path, path: Path) -> str:
+    """The artifacts of the run ``base`` as a record in ``path`` names them."""
+    root = base / "artifacts"
+    return mirror.url_of(root) if mirror.is_mirrored(root) else os.path.relpath(root.resolve(), path.resolve())
+
+
+def _check_base(path: Path, base: Path, recipe: Recipe, source: dict[str, str]) -> None:
+    record = read_record(base)
+    if path.resolve() == base.resolve():
+        raise StorageError(f"--from and --out are both {path}; choose another --out")
+    if "artifacts_root" in record:
+        raise StorageError(f"{base} shares the artifacts of another run; give that one to --from")
+    if record["source"].get("digest") != source["digest"]:
+        raise StorageError(
+            f"{base} holds a run of other images ({record['source'].get('path')}; here {source['path']}), or they "
+            "changed since; leave --from out"
+        )
+    before, now = _flat(record["recipe"]), _flat(science(recipe))
+    for key in ("seed", "image.size"):  # by which images are put into shards
+        if before.get(key) != now.get(key):
+            raise StorageError(
+                f"{base} was made with {key}={before.get(key)}, and here it is {now.get(key)}; use {key}="
+                f"{before.get(key)}, or leave --from out"
+            )
+
+
 def _check_empty(path: Path) -> None:
     if any(not name.startswith(f".{_RECORD}.") for name in mirror.names(path)):
         raise StorageError(f"{path} holds files that are not a run's; choose an empty or new folder for --out")
@@ -295,7 +344,7 @@ def _check_same(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> Non
         more = f", and {len(others)} others differ" if others else ""
         raise StorageError(
             f"{path} holds another run's settings ({key} is {before.get(key)} there and {now.get(key)} here{more}); "
-            "choose another --out, or use the same settings to go on"
+            "choose another --out (and, of a run, share what is the same by --from), or use the same settings to go on"
         )
 
 

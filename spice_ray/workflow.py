@@ -57,7 +57,13 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, data: str, out: Path, *, labels_from_folders: bool = False, trials: Sweep | None = None
+    recipe: Recipe,
+    data: str,
+    out: Path,
+    *,
+    labels_from_folders: bool = False,
+    trials: Sweep | None = None,
+    base: Path | None = None,
 ) -> Prepared:
     """Check everything that can be checked without reading images, then make the run folder or take it.
 
@@ -67,6 +73,7 @@ def prepare(
         out: The run folder.
         labels_from_folders: Take the names of the images' folders for labels.
         trials: A sweep that the run is for.
+        base: The folder of another run of these images: what it has made is not made again.
 
     Raises:
         SpiceError: Something cannot be used; a new run folder has not been made, and an old one is as it was.
@@ -80,26 +87,27 @@ def prepare(
         assert isinstance(recipe, ImageRecipe)  # of other recipes no sweep passes
         check_local_cpus(any_trial(recipe, trials).scale)
     out = Path(os.path.abspath(out))  # workers have working directories of their own
+    base = None if base is None else Path(os.path.abspath(base))
     path = _shards_of(data)
     if path is not None:
         shards = _open_shards(path)[0]
         identity = {"path": _shown(data), "digest": f"{shards.kind}-{shards.fingerprint}"}
-        check_held(out, recipe, identity)
+        check_held(out, recipe, identity, base)
         check_shards(recipe, shards)
-        return Prepared(claim(out, recipe, identity), recipe, None, path)
+        return Prepared(claim(out, recipe, identity, base), recipe, None, path)
     source = open_source(data, labels_from_folders)
     if trials is not None and source.kind == "embeddings":
         refuse_sweep()
     check_kind(recipe, embeddings=source.kind == "embeddings", name=_shown(data))
     identity = {"path": _shown(data), "digest": f"{source.kind}-{source.listing_digest()}"}
-    check_held(out, recipe, identity)
+    check_held(out, recipe, identity, base)
     from spice_ray.readers.rows import count_rows
 
     num_candidates = count_rows(source)
     # Some may be unreadable or of another split: the pipeline checks again when it knows.
     if num_candidates is not None:
         check_count(recipe, num_candidates, num_candidates)
-    return Prepared(claim(out, recipe, identity), recipe, source, None)
+    return Prepared(claim(out, recipe, identity, base), recipe, source, None)
 
 
 def _with_weights(recipe: Recipe, out: Path) -> Recipe:
@@ -398,7 +406,7 @@ def _shards(prepared: Prepared, reporter: Reporter) -> tuple[Artifact, Artifact 
         assert prepared.shards_path is not None
         return _open_shards(prepared.shards_path)
     run, recipe = prepared.run, prepared.recipe
-    record = read_record(run.path)
+    record = read_record(run.owner)
     found = find_shards(run.artifacts) if "ingested" in record else None
     # Labels can be asked for later: the images are read again, and the shards are the same.
     if found is not None and record.get("labels_read", False) >= prepared.source.labels_known:
@@ -409,7 +417,7 @@ def _shards(prepared: Prepared, reporter: Reporter) -> tuple[Artifact, Artifact 
         size = recipe.image.size if isinstance(recipe, ImageRecipe) else None
         found = _ingest(prepared.source, run.artifacts, size, recipe.seed, reporter)
     run.publish_table(found[0], "rejects.parquet")
-    run.record(ingested=found[0].fingerprint, labels_read=prepared.source.labels_known)
+    RunFolder(run.owner, run.artifacts).record(ingested=found[0].fingerprint, labels_read=prepared.source.labels_known)
     return found
 
 

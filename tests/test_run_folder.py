@@ -1,5 +1,6 @@
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -201,3 +202,67 @@ def test_progress_where_a_file_is_in_the_way_is_a_storage_error(tmp_path: Path) 
     (tmp_path / "progress").write_text("a file")
     with pytest.raises(StorageError, match="cannot be written"):
         RunFolder(tmp_path, tmp_path / "artifacts").progress("heads")
+
+
+# A run that shares the artifacts of another
+
+
+def test_a_run_shares_the_artifacts_of_another_and_goes_on_without_being_told_again(tmp_path: Path) -> None:
+    base = claim(tmp_path / "base", recipe(), SOURCE)
+    run = claim(tmp_path / "runs" / "more", recipe(num_clusters=4), SOURCE, base.path)
+    assert run.artifacts.resolve() == base.artifacts
+    assert run.owner.resolve() == base.path
+    assert read_record(run.path)["artifacts_root"] == "../../base/artifacts"
+    assert claim(run.path, recipe(num_clusters=4), SOURCE).artifacts == run.artifacts
+    assert claim(run.path, recipe(num_clusters=4), SOURCE, base.path).artifacts == run.artifacts
+    run.note_seconds("heads", "0a", 2.5)
+    assert base.seconds_of("heads-0a") == 2.5
+
+
+def test_two_folders_that_are_copied_together_still_share(tmp_path: Path) -> None:
+    claim(tmp_path / "here" / "base", recipe(), SOURCE)
+    claim(tmp_path / "here" / "run", recipe(num_clusters=4), SOURCE, tmp_path / "here" / "base")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    run = claim(tmp_path / "there" / "run", recipe(num_clusters=4), SOURCE)
+    assert run.artifacts == tmp_path / "there" / "base" / "artifacts"
+
+
+@pytest.mark.parametrize(
+    ("values", "source", "expected"),
+    [
+        ({"seed": 5}, SOURCE, r"base was made with seed=0, and here it is 5; use seed=0, or leave --from out"),
+        ({"image__size": 48}, SOURCE, r"base was made with image\.size=\d+, and here it is 48"),
+        ({}, {"path": "others", "digest": "folder-0b"}, r"base holds a run of other images \(photos; here others\)"),
+    ],
+)
+def test_a_run_of_other_images_has_nothing_to_share(
+    tmp_path: Path, values: dict[str, Any], source: dict[str, str], expected: str
+) -> None:
+    claim(tmp_path / "base", recipe(), SOURCE)
+    before = contents(tmp_path)
+    with pytest.raises(StorageError, match=expected):
+        claim(tmp_path / "run", recipe(**values), source, tmp_path / "base")
+    assert contents(tmp_path) == before
+
+
+def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    claim(tmp_path / "base", recipe(), SOURCE)
+    with pytest.raises(StorageError, match="--from and --out are both"):
+        claim(tmp_path / "base", recipe(), SOURCE, tmp_path / "base")
+    with pytest.raises(StorageError, match=r"missing.run\.json does not exist"):
+        claim(tmp_path / "run", recipe(), SOURCE, tmp_path / "missing")
+    claim(tmp_path / "alone", recipe(), SOURCE)
+    with pytest.raises(StorageError, match="alone began without --from; leave --from out"):
+        claim(tmp_path / "alone", recipe(), SOURCE, tmp_path / "base")
+    claim(tmp_path / "run", recipe(num_clusters=4), SOURCE, tmp_path / "base")
+    with pytest.raises(StorageError, match=r"run shares the artifacts of another run; give that one to --from"):
+        claim(tmp_path / "third", recipe(num_clusters=5), SOURCE, tmp_path / "run")
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_run_whose_artifacts_are_gone_says_so(tmp_path: Path) -> None:
+    claim(tmp_path / "base", recipe(), SOURCE)
+    claim(tmp_path / "run", recipe(num_clusters=4), SOURCE, tmp_path / "base")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match=r"shares the artifacts of the run .*base, which is gone"):
+        claim(tmp_path / "run", recipe(num_clusters=4), SOURCE)

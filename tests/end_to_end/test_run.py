@@ -21,6 +21,7 @@ from spice_ray.runtime.image_pipeline import ImagePipeline
 from spice_ray.runtime.inference import training_ids
 from spice_ray.runtime.ingest import ingest
 from spice_ray.runtime.progress import SilentReporter
+from spice_ray.storage import read_json
 from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, cluster, damage, small_recipe
 
 COLUMNS = ["sample_id", "source", "split", "cluster", "confidence", "consistency", "reliable"]
@@ -80,6 +81,23 @@ def test_a_finished_run_is_not_done_again(copied: Path, corpus: Corpus) -> None:
     before = {file: file.stat().st_mtime_ns for file in (copied / "artifacts").rglob("*")}
     cluster(corpus.parquet, copied)
     assert {file: file.stat().st_mtime_ns for file in (copied / "artifacts").rglob("*")} == before
+
+
+def test_another_number_of_clusters_goes_on_from_the_same_embedding(
+    copied: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    before = {folder.name for folder in (copied / "artifacts").iterdir()}
+    prepared = workflow.prepare(small_recipe("num_clusters=7"), str(corpus.parquet), tmp_path / "seven", base=copied)
+    workflow.run(prepared, SilentReporter())
+    made = {folder.name.partition("-")[0] for folder in (copied / "artifacts").iterdir() if folder.name not in before}
+    assert made == {"heads", "reliable", "joint", "assignments"}
+    found = read_json(tmp_path / "seven" / "run.json")["artifacts"]
+    alone = cluster(corpus.parquet, tmp_path / "alone", "num_clusters=7")
+    assert found == read_json(alone / "run.json")["artifacts"]
+    assert pq.read_table(tmp_path / "seven" / "assignments.parquet") == pq.read_table(alone / "assignments.parquet")
+    assert read_json(copied / "run.json")["recipe"]["num_clusters"] == 10
+    assert evaluate(tmp_path / "seven")["k"] == 7
+    assert (tmp_path / "seven" / "clusters.html").is_file()
 
 
 def test_labels_reach_nothing_but_their_artifact(finished: Path, corpus: Corpus, tmp_path: Path) -> None:
