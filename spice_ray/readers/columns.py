@@ -1,4 +1,4 @@
-"""The columns that may lie beside images or paths in a Parquet file: ``label`` and ``split``."""
+"""The columns that may lie beside images, embeddings or paths in a Parquet file: names, ``label`` and ``split``."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,6 +10,8 @@ from spice_ray.readers.places import Place
 from spice_ray.readers.records import TEST, TRAIN, UNLABELED, Unreadable
 
 LABEL_COLUMN, SPLIT_COLUMN = "label", "split"
+NAME_COLUMNS = ("source", "path", "id")
+"""The first of these is what a row is called."""
 _SPLITS = {"train": TRAIN, "test": TEST, "val": TEST, "validation": TEST, "unlabeled": UNLABELED}
 _TEXT = (pa.types.is_string, pa.types.is_large_string)
 
@@ -44,6 +46,22 @@ def rows_beside(batch: pa.RecordBatch) -> Iterator[Beside]:
     ]
     for label, split in zip(*columns, strict=True):
         yield Beside(known_label(text_or_number(label)), _known_split(text_or_number(split)))
+
+
+def name_column(schema: pa.Schema) -> str | None:
+    """The column of the rows' names, text or integers; None where there is none."""
+
+    def holds_names(type_: pa.DataType | None) -> bool:
+        return is_text(type_) or (type_ is not None and pa.types.is_integer(type_))
+
+    return next((name for name in NAME_COLUMNS if holds_names(value_type(schema, name))), None)
+
+
+def names_beside(batch: pa.RecordBatch, column: str | None) -> Iterator[str | None]:
+    """What each row is called; None where it has no name."""
+    for cell in batch.column(column) if column is not None else [None] * len(batch):
+        value = text_or_number(cell)
+        yield None if value is None else str(value)
 
 
 def text_or_number(cell: pa.Scalar | None) -> str | int | None:

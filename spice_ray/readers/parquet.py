@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spice_ray.errors import DataError
-from spice_ray.readers.columns import LABEL_COLUMN, Beside, columns_beside, rows_beside
+from spice_ray.readers.columns import LABEL_COLUMN, Beside, columns_beside, name_column, names_beside, rows_beside
 from spice_ray.readers.files import Found, ask_each, digest_files, open_input, relative_names, sum_sizes
 from spice_ray.readers.places import Place, explain
 from spice_ray.readers.records import Chunk, Record, Unreadable, split_of_container
@@ -31,6 +31,7 @@ class Footer(NamedTuple):
 
     columns: tuple[str, ...]
     """The image column, then ``label`` and ``split`` where there are such."""
+    name_column: str | None
     group_rows: tuple[int, ...]
     """The number of rows in each row group."""
 
@@ -42,6 +43,7 @@ class ParquetChunk:
     place: Place
     name: str
     columns: tuple[str, ...]
+    name_column: str | None
     row_group: int
     first_row: int
     """Number of the row group's first row in the file."""
@@ -58,31 +60,33 @@ class ParquetChunk:
         row, cells = self.start, self._cells()
         while row < self.stop:
             try:
-                data, beside = next(cells)
+                called, data, beside = next(cells)
             except Exception as error:
                 # The file is gone, shorter than it was or damaged, or its server fails in whatever way: its other
                 # chunks may still be read, these rows are listed with the reason.
                 reason = Unreadable(f"the Parquet file cannot be read: {why_unread(error)}")
-                yield from (self._record(lost, Beside(None, None), reason) for lost in range(row, self.stop))
+                yield from (self._record(lost, None, Beside(None, None), reason) for lost in range(row, self.stop))
                 return
-            yield self._record(row, beside, data)
+            yield self._record(row, called, beside, data)
             row += 1
 
-    def _record(self, row: int, beside: Beside, data: bytes | Unreadable) -> Record:
-        source = f"{self.name}#{self.first_row + row}"
+    def _record(self, row: int, called: str | None, beside: Beside, data: bytes | Unreadable) -> Record:
+        source = f"{self.name}#{self.first_row + row}" if called is None else called
         if isinstance(beside.split, Unreadable):
             return Record(source, split_of_container(self.name), beside.label, beside.split)
         return Record(source, beside.split or split_of_container(self.name), beside.label, data)
 
-    def _cells(self) -> Iterator[tuple[bytes | Unreadable, Beside]]:
+    def _cells(self) -> Iterator[tuple[str | None, bytes | Unreadable, Beside]]:
         position, buffer = 0, _REMOTE_BUFFER_BYTES if self.place.server else _READ_BUFFER_BYTES
         # Buffered ahead, a whole row group would be in memory; on a server that is one request instead of hundreds.
         ahead = bool(self.place.server)
         with open_input(self.place) as input_, pq.ParquetFile(input_, buffer_size=buffer, pre_buffer=ahead) as file:
-            for batch in file.iter_batches(_ROWS_PER_READ, row_groups=[self.row_group], columns=list(self.columns)):
+            columns = [*self.columns, *([self.name_column] if self.name_column else [])]
+            for batch in file.iter_batches(_ROWS_PER_READ, row_groups=[self.row_group], columns=columns):
                 first = min(max(0, self.start - position), len(batch))
                 rows = batch.slice(first, self.stop - position - first)
-                yield from zip(_images(rows.column(self.columns[0])), rows_beside(rows), strict=True)
+                images = _images(rows.column(self.columns[0]))
+                yield from zip(names_beside(rows, self.name_column), images, rows_beside(rows), strict=True)
                 position += len(batch)
                 if position >= self.stop:
                     return
@@ -188,7 +192,7 @@ def read_footer(place: Place) -> Footer:
             f"column or an image struct one of {', '.join(IMAGE_COLUMNS)}"
         )
     rows = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-    return Footer((image, *columns_beside(schema, place)), rows)
+    return Footer((image, *columns_beside(schema, place)), name_column(schema), rows)
 
 
 def why_unread(error: Exception) -> str:
@@ -209,7 +213,7 @@ def _file_chunks(place: Place, name: str, footer: Footer, rows_per_chunk: int) -
         share = max(rows_per_chunk, -(-rows // max_ranges))
         for start in range(0, rows, share):
             stop = min(start + share, rows)
-            yield ParquetChunk(place, name, footer.columns, group, first_row, start, stop)
+            yield ParquetChunk(place, name, footer.columns, footer.name_column, group, first_row, start, stop)
         first_row += rows
 
 

@@ -21,10 +21,9 @@ from spice_ray.readers.columns import (
     LABEL_COLUMN,
     Beside,
     columns_beside,
-    is_text,
+    name_column,
+    names_beside,
     rows_beside,
-    text_or_number,
-    value_type,
 )
 from spice_ray.readers.files import open_input
 from spice_ray.readers.parquet import read_metadata, why_unread
@@ -33,7 +32,6 @@ from spice_ray.readers.records import Chunk, Record, Unreadable, split_of_contai
 from spice_ray.readers.vectors import checked_vector
 
 VECTOR_COLUMNS = ("embedding", "embeddings", "feature", "features")
-_NAME_COLUMNS = ("source", "path", "id")
 _ROWS_PER_READ = 256
 _READ_BUFFER_BYTES = 1 << 20
 # A request to a server costs as much time as some megabytes.
@@ -108,7 +106,9 @@ class VectorChunk:
         columns = [*table.columns, *([table.name_column] if table.name_column else [])]
         with _opened(table.place) as file:
             for rows in file.iter_batches(_ROWS_PER_READ, row_groups=[self.row_group], columns=columns):
-                yield from zip(_names(rows, table.name_column), _vectors(rows, table), rows_beside(rows), strict=True)
+                yield from zip(
+                    names_beside(rows, table.name_column), _vectors(rows, table), rows_beside(rows), strict=True
+                )
         raise pa.ArrowInvalid("the row group has become shorter")
 
 
@@ -120,13 +120,12 @@ def open_vector_table(place: Place, name: str) -> VectorTable:
     """
     metadata, schema = read_metadata(place)
     vectors = _vector_column(place, schema)
-    names = [column for column in _NAME_COLUMNS if _is_name(value_type(schema, column))]
     return VectorTable(
         place,
         name,
         _width(place, schema, vectors),
         (vectors, *columns_beside(schema, place)),
-        names[0] if names else None,
+        name_column(schema),
         tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)),
     )
 
@@ -149,10 +148,6 @@ def _vector_column(place: Place, schema: pa.Schema) -> str:
 def _holds_vectors(type_: pa.DataType) -> bool:
     kinds = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
     return any(is_kind(type_) for is_kind in kinds) and pa.types.is_floating(type_.value_type)
-
-
-def _is_name(type_: pa.DataType | None) -> bool:
-    return is_text(type_) or (type_ is not None and pa.types.is_integer(type_))
 
 
 def _width(place: Place, schema: pa.Schema, vectors: str) -> int:
@@ -199,9 +194,3 @@ def _vectors(batch: pa.RecordBatch, table: VectorTable) -> Iterator[NDArray[np.f
         else:
             yield checked_vector(numbers[start : start + length], table.dim)
             start += length
-
-
-def _names(batch: pa.RecordBatch, column: str | None) -> Iterator[str | None]:
-    for cell in batch.column(column) if column is not None else [None] * len(batch):
-        value = text_or_number(cell)
-        yield None if value is None else str(value)

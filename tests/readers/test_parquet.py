@@ -36,6 +36,28 @@ def test_the_first_usable_image_column_wins(tmp_path: Path) -> None:
     assert [record.data for record in records(source)] == IMAGES[::-1]
 
 
+@pytest.mark.parametrize(
+    ("beside", "expected"),
+    [
+        ({"id": pa.array(range(100, 110))}, [str(i) for i in range(100, 110)]),
+        (
+            {"id": pa.array(range(10)), "path": pa.array([f"p/{i}.jpg" for i in range(10)])},
+            [f"p/{i}.jpg" for i in range(10)],
+        ),
+        ({"path": pa.array(["p"] * 10), "source": pa.array(list("abcdefghij"))}, list("abcdefghij")),
+        ({"id": pa.array([None, *range(1, 10)])}, ["a.parquet#0", *map(str, range(1, 10))]),
+        ({"id": pa.array([0.5] * 10)}, [f"a.parquet#{i}" for i in range(10)]),
+        ({"path": pa.array(list("aabbccddee")).dictionary_encode()}, list("aabbccddee")),
+    ],
+)
+def test_rows_are_called_by_their_source_path_or_id(tmp_path: Path, beside: dict, expected: list[str]) -> None:
+    file = parquet(tmp_path / "a.parquet", {**beside, "image": pa.array(IMAGES)}, 3)
+    for rows_per_chunk in (2, 100):
+        found = records(open_source(str(file)), rows_per_chunk)
+        assert [record.source for record in found] == expected
+        assert [record.data for record in found] == IMAGES
+
+
 @pytest.mark.parametrize("rows_per_group", [1, 7, 300])
 @pytest.mark.parametrize("rows_per_chunk", [1, 64, 1000])
 def test_chunks_cover_every_row_once(tmp_path: Path, rows_per_group: int, rows_per_chunk: int) -> None:
