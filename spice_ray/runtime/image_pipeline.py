@@ -135,6 +135,11 @@ class ImagePipeline(Pipeline):
             self.reporter.note(
                 f"{found.manifest['left_out']} given labels are left out, of images that stage 3 does not see"
             )
+        bare = [cluster for cluster, count in enumerate(found.manifest["kept"]) if count == 0]
+        if bare:
+            self.reporter.note(
+                f"no image of the clusters {bare} has a given label, and stage 3 learns others for theirs"
+            )
         return found
 
     @cached_property

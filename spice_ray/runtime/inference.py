@@ -1,5 +1,6 @@
 """Every image once through a frozen model: Ray Data's map_batches over an actor pool, one shard file per batch."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from spice_ray.config import ImageRecipe, Scale
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, PREDICTIONS, Bank, ShardFile
-from spice_ray.core.unsupervised_loss import BLOCK_ROWS, unsupervised_loss
+from spice_ray.core.unsupervised_loss import BLOCK_ROWS, new_table, unsupervised_loss
 from spice_ray.errors import TrainingError
 from spice_ray.readers.parts import images_of, read_column
 from spice_ray.runtime.cluster import num_workers
@@ -180,11 +181,11 @@ def publish_assignments(
         found = predict_all(folder / "pooled.npy", recipe, scale, joint, shards, report)
         loss = final_loss(found.logits, found.pooled, training_ids(shards), recipe)
         (folder / "pooled.npy").unlink()
-        confidences, clusters = torch.from_numpy(found.logits).softmax(dim=1).max(dim=1)
+        clusters, confidences = decide(found.logits)
         kept = read_reliable(reliable)
         if joint.manifest["skipped"] is not None:
             kept = kept._replace(weights=torch.zeros_like(kept.weights))
-        table = assignments_table(pa.concat_tables(found.identity), clusters.numpy(), confidences.numpy(), kept)
+        table = assignments_table(pa.concat_tables(found.identity), clusters, confidences, kept)
         pq.write_table(table, folder / "assignments.parquet")
         sizes = np.bincount(table["cluster"].to_numpy(), minlength=recipe.num_clusters)
         return {"unsupervised_loss": loss, "cluster_sizes": sizes.tolist()}
@@ -203,9 +204,9 @@ def publish_predictions(
             rows = found.pooled[start : start + BLOCK_ROWS]
             rows[:] = F.normalize(torch.from_numpy(rows), dim=1).numpy()
         found.pooled.flush()
-        confidences, clusters = torch.from_numpy(found.logits).softmax(dim=1).max(dim=1)
-        np.save(folder / "assignments.npy", clusters.numpy())
-        np.save(folder / "confidences.npy", confidences.numpy())
+        clusters, confidences = decide(found.logits)
+        np.save(folder / "assignments.npy", clusters)
+        np.save(folder / "confidences.npy", confidences)
         return {"num_images": shards.num_rows, "embed_dim": found.pooled.shape[1]}
 
     return publish(root, PREDICTIONS, print_, write)
@@ -215,8 +216,8 @@ def publish_predictions(
 class Predicted:
     """What a classifier says of all images; rows of damaged files stay zero."""
 
-    logits: NDArray[np.float32]
-    """(N, K)."""
+    logits: np.memmap[Any, Any]
+    """In a file without a name, float32, (N, K)."""
     pooled: np.memmap[Any, Any]
     """Its features, mapped, float32, (N, D)."""
     identity: list[pa.Table]
@@ -227,7 +228,8 @@ def predict_all(
     file: Path, recipe: ImageRecipe, scale: Scale, joint: Artifact, shards: Shards, report: Report
 ) -> Predicted:
     """Classify all images; their features go to ``file``."""
-    logits = np.zeros((shards.num_rows, recipe.num_clusters), np.float32)
+    with tempfile.TemporaryFile(dir=file.parent) as nameless:
+        logits = np.memmap(nameless, np.float32, "w+", shape=(shards.num_rows, recipe.num_clusters))
     pooled: np.memmap[Any, Any] | None = None
     identity: list[pa.Table] = []
 
@@ -244,6 +246,16 @@ def predict_all(
     return Predicted(logits, pooled, identity)
 
 
+def decide(logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The most probable cluster of each image and its probability, int64 and float32, (N,)."""
+    clusters, confidences = np.empty(len(logits), np.int64), np.empty(len(logits), np.float32)
+    for start in range(0, len(logits), BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        confidence, cluster = torch.from_numpy(logits[rows]).softmax(dim=1).max(dim=1)
+        clusters[rows], confidences[rows] = cluster.numpy(), confidence.numpy()
+    return clusters, confidences
+
+
 def final_loss(
     logits: NDArray[np.float32], pooled: NDArray[np.floating], train_ids: NDArray[np.int64], recipe: ImageRecipe
 ) -> float:
@@ -256,9 +268,12 @@ def final_loss(
         recipe: The run's.
     """
     blocks = [train_ids[start : start + BLOCK_ROWS] for start in range(0, len(train_ids), BLOCK_ROWS)]
+    table = new_table(logits.shape[1], len(train_ids), torch.device("cpu"))
+    for number, rows in enumerate(blocks):
+        table[:, number * BLOCK_ROWS : number * BLOCK_ROWS + len(rows)] = torch.from_numpy(logits[rows].T)
     return unsupervised_loss(
         lambda: (F.normalize(torch.from_numpy(pooled[rows]), dim=1) for rows in blocks),
-        torch.from_numpy(np.ascontiguousarray(logits[train_ids].T)),
+        table,
         shares_of(recipe.heads, recipe.num_clusters),
         confident_fraction=recipe.heads.confident_fraction,
     )

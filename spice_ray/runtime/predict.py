@@ -7,13 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
 from spice_ray.config import ImageRecipe, Recipe
 from spice_ray.contracts import HEADS, JOINT, PREDICTED
 from spice_ray.readers.parts import read_part, vectors_of
 from spice_ray.runtime.data import Shards
 from spice_ray.runtime.embedding_pipeline import unit_rows
-from spice_ray.runtime.inference import IDENTITY, Report, predict_all
+from spice_ray.runtime.inference import IDENTITY, Report, decide, predict_all
 from spice_ray.runtime.weights import load_head
 from spice_ray.storage import Artifact, fingerprint, open_artifact, publish
 
@@ -41,13 +42,12 @@ def publish_predicted(root: Path, recipe: Recipe, model: Artifact, shards: Shard
             assert model.kind == JOINT
             predicted = predict_all(folder / "pooled.npy", recipe, recipe.scale, model, shards, report)
             (folder / "pooled.npy").unlink()
-            logits, identity = predicted.logits, pa.concat_tables(predicted.identity)
-            logits = logits[identity["sample_id"].to_numpy()]
+            identity = pa.concat_tables(predicted.identity)
+            clusters, confidences = (found[identity["sample_id"].to_numpy()] for found in decide(predicted.logits))
         else:
             assert model.kind == HEADS
-            logits, identity = _by_head(model, shards, report)
-        confidences, clusters = torch.from_numpy(logits).softmax(dim=1).max(dim=1)
-        columns = {"cluster": clusters.numpy(), "confidence": confidences.numpy()}
+            clusters, confidences, identity = _by_head(model, shards, report)
+        columns = {"cluster": clusters, "confidence": confidences}
         table = pa.table({**{name: identity[name] for name in IDENTITY}, **columns})
         pq.write_table(table, folder / "assignments.parquet")
         sizes = np.bincount(columns["cluster"], minlength=recipe.num_clusters)
@@ -57,14 +57,17 @@ def publish_predicted(root: Path, recipe: Recipe, model: Artifact, shards: Shard
 
 
 @torch.inference_mode()
-def _by_head(heads: Artifact, shards: Shards, report: Report) -> tuple[np.ndarray[Any, Any], pa.Table]:
+def _by_head(
+    heads: Artifact, shards: Shards, report: Report
+) -> tuple[NDArray[np.int64], NDArray[np.float32], pa.Table]:
     head, total = load_head(heads), shards.num_rows
-    logits, identity = list[torch.Tensor](), list[pa.Table]()
+    found, identity = list[tuple[NDArray[np.int64], NDArray[np.float32]]](), list[pa.Table]()
     for file in shards.readable:
         table = read_part(shards.path, file, shards.format)
         # In half precision, as the heads learnt them.
         rows = (unit_rows(vectors_of(table)) * np.sqrt(shards.format.size)).astype(np.float16)
-        logits.append(head(torch.from_numpy(rows).float()))
+        found.append(decide(head(torch.from_numpy(rows).float()).numpy()))
         identity.append(table.select(IDENTITY))
-        report(sum(map(len, logits)), total)
-    return torch.cat(logits).numpy(), pa.concat_tables(identity)
+        report(sum(map(len, identity)), total)
+    clusters, confidences = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return clusters, confidences, pa.concat_tables(identity)

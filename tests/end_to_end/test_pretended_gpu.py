@@ -50,11 +50,13 @@ def test_a_run_on_gpus_is_scheduled_and_its_embedding_is_that_of_any_other(run: 
     assert agreeing.mean() > 0.95
 
 
+@pytest.mark.faults
 def test_new_images_are_classified(run: Path, corpus: Corpus, tmp_path: Path) -> None:
     spice_ray("predict", run, "--data", corpus.parquet, "--out", tmp_path / "new", GPUS[0])
     assert np.array_equal(clusters(tmp_path / "new" / "assignments.parquet"), clusters(run / "assignments.parquet"))
 
 
+@pytest.mark.faults
 def test_trials_share_a_gpu(run: Path, recipe_file: Path, corpus: Corpus, tmp_path: Path) -> None:
     sweep = tmp_path / "small.yaml"
     space = {"joint.confidence": [0.5, 0.9], "pretrain.temperature": [0.2]}
