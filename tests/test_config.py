@@ -248,7 +248,7 @@ def test_parts_of_a_batch_are_whole_lanes() -> None:
 def test_workers_are_refused_before_the_parts_of_their_lanes() -> None:
     refused = error_of(changed(pretrain__lanes=8, scale__workers=8, scale__accumulate=2))
     assert refused.startswith("scale.workers=8 does not divide joint.lanes=4")
-    assert refused.endswith("use scale.workers=4 or a divisor of it")
+    assert refused.endswith("use scale.workers=4 or a divisor of it, or more lanes")
 
 
 def test_a_prior_needs_one_number_of_clusters() -> None:

@@ -56,7 +56,7 @@ def test_protocol_split_scores_the_test_images_and_the_reliable_ones_of_training
     run = make_run(tmp_path, clusters=clusters.tolist(), splits=splits, reliable=reliable, protocol="split")
     result = evaluate(run)
     assert (result["acc"], result["n"], result["protocol"]) == (1.0, 10, "split")
-    assert result["reliable"] == {"count": 3, "share": 0.1, "acc": pytest.approx(2 / 3)}
+    assert result["reliable"] == {"count": 3, "share": 0.15, "acc": pytest.approx(2 / 3)}
 
 
 def test_images_without_a_label_count_for_nothing(tmp_path: Path) -> None:
