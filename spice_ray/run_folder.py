@@ -26,9 +26,9 @@ from spice_ray import mirror
 from spice_ray.config import Recipe
 from spice_ray.contracts import LABELS, SHARDS
 from spice_ray.errors import StorageError
+from spice_ray.run_identity import check_base, check_same
 from spice_ray.storage import Artifact, clear_staging, open_artifact, read_json, reporting_disk_errors, write_json
 
-_WEIGHTS, _LABELS = "pretrain.weights_sha256", "reliable.labels_digest"
 _RECORD = "run.json"
 _PREDICTIONS = "predict.json"
 _LOCKS: dict[Path, IO[str]] = {}
@@ -47,6 +47,13 @@ class RunFolder:
     def owner(self) -> Path:
         """The folder of the run that the artifacts are of."""
         return self.artifacts.parent
+
+    @property
+    def artifacts_root(self) -> str:
+        """The folder of the artifacts as the run's record names it: relative to ``path``, or another server's URL."""
+        if mirror.is_mirrored(self.artifacts) != mirror.is_mirrored(self.path):
+            return mirror.url_of(self.artifacts)
+        return os.path.relpath(os.path.abspath(self.artifacts), os.path.abspath(self.path))
 
     @property
     def checkpoints(self) -> Path:
@@ -91,6 +98,15 @@ class RunFolder:
         file = self.path / "timing.json"
         known = read_json(file) if mirror.exists(file) else {}
         write_json(file, {**known, stage: round(known.get(stage, 0.0) + seconds, 3)})
+
+    def begin_seconds(self) -> None:
+        """Note that stages take time, where none has taken any yet.
+
+        Raises:
+            StorageError: The disk refused.
+        """
+        if not mirror.exists(self.path / "timing.json"):
+            write_json(self.path / "timing.json", {})
 
     def note_seconds(self, kind: str, print_: str, seconds: float) -> None:
         """Note how long an artifact was made.
@@ -141,23 +157,27 @@ def claim(path: Path, recipe: Recipe, source: dict[str, str], base: Path | None 
         StorageError: A folder holds something else; nothing in them was touched.
     """
     check_held(path, recipe, source, base)
+    owner = owner_of(path, base)
+    run = RunFolder(path, owner / "artifacts")
     with reporting_disk_errors(path):
+        if owner != path:
+            _check_there(path, owner)
+            lock(owner)  # first: while another run is in it nothing is begun here
         path.mkdir(parents=True, exist_ok=True)
         if not holds_run(path):
-            where = {} if base is None else {"artifacts_root": _root_of(base, path)}
-            write_json(path / _RECORD, {"recipe": science(recipe), "source": source, **where})
+            shared = {} if owner == path else {"artifacts_root": run.artifacts_root}
+            write_json(path / _RECORD, {"recipe": science(recipe), "source": source, **shared})
         lock(path)
-    root = read_record(path).get("artifacts_root")
-    run = RunFolder(path, path / "artifacts" if root is None else mirror.joined(path, root))
-    if root is not None:
-        if not holds_run(run.owner):
-            raise StorageError(
-                f"{path} shares the artifacts of the run {run.owner}, which is gone; choose another --out"
-            )
-        mirror.make_here(run.owner)
-        lock(run.owner)
     clear_staging(run.artifacts)
     return run
+
+
+def owner_of(path: Path, base: Path | None) -> Path:
+    """The folder of the run whose artifacts the run in ``path`` has, or, to begin with, shares: that of ``base``."""
+    if base is not None:
+        return base
+    root = read_record(path).get("artifacts_root") if holds_run(path) else None
+    return path if root is None else mirror.joined(path, root).parent
 
 
 def claim_predictions(path: Path, model: str, source: dict[str, str]) -> RunFolder:
@@ -195,16 +215,16 @@ def check_held(path: Path, recipe: Recipe, source: dict[str, str], base: Path | 
     """
     check_folder(path)
     with reporting_disk_errors(path):
+        wanted = {"recipe": science(recipe), "source": source}
         if base is not None:
-            _check_base(path, base, recipe, source)
+            check_base(path, base, read_record(base), wanted)
         if not holds_run(path):
             _check_empty(path)
             return
-        record = read_record(path)
-        _check_same(path, record, {"recipe": science(recipe), "source": source})
-        held = record.get("artifacts_root")
-        if base is not None and held != _root_of(base, path):
-            began = "without --from" if held is None else f"with the artifacts in {held}"
+        check_same(path, read_record(path), wanted)
+        if base is not None and owner_of(path, None) != base:
+            held = owner_of(path, None)
+            began = "without --from" if held == path else f"with --from {held}"
             raise StorageError(f"{path} began {began}; leave --from out, or choose another --out")
 
 
@@ -296,66 +316,12 @@ def open_made(path: Path, record: dict[str, Any], kind: str) -> Artifact:
     return artifact
 
 
-def _root_of(base: Path, path: Path) -> str:
-    """The artifacts of the run ``base`` as a record in ``path`` names them."""
-    root = base / "artifacts"
-    return mirror.url_of(root) if mirror.is_mirrored(root) else os.path.relpath(root.resolve(), path.resolve())
-
-
-def _check_base(path: Path, base: Path, recipe: Recipe, source: dict[str, str]) -> None:
-    record = read_record(base)
-    if path.resolve() == base.resolve():
-        raise StorageError(f"--from and --out are both {path}; choose another --out")
-    if "artifacts_root" in record:
-        raise StorageError(f"{base} shares the artifacts of another run; give that one to --from")
-    if record["source"].get("digest") != source["digest"]:
-        raise StorageError(
-            f"{base} holds a run of other images ({record['source'].get('path')}; here {source['path']}), or they "
-            "changed since; leave --from out"
-        )
-    before, now = _flat(record["recipe"]), _flat(science(recipe))
-    for key in ("seed", "image.size"):  # by which images are put into shards
-        if before.get(key) != now.get(key):
-            raise StorageError(
-                f"{base} was made with {key}={before.get(key)}, and here it is {now.get(key)}; use {key}="
-                f"{before.get(key)}, or leave --from out"
-            )
+def _check_there(path: Path, owner: Path) -> None:
+    if not holds_run(owner):
+        raise StorageError(f"{path} shares the artifacts of the run {owner}, which is gone; choose another --out")
+    mirror.make_here(owner)
 
 
 def _check_empty(path: Path) -> None:
     if any(not name.startswith(f".{_RECORD}.") for name in mirror.names(path)):
         raise StorageError(f"{path} holds files that are not a run's; choose an empty or new folder for --out")
-
-
-def _check_same(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
-    if held["source"].get("digest") != wanted["source"]["digest"]:
-        raise StorageError(
-            f"{path} holds a run of other images ({held['source'].get('path')}; here {wanted['source']['path']}), or "
-            "they changed since; choose another --out"
-        )
-    before, now = _flat({**held["recipe"], **held.get("asked", {})}), _flat(wanted["recipe"])
-    if before.get(_WEIGHTS) is not None and now.get(_WEIGHTS) is not None:
-        before, now = _without_idle(before), _without_idle(now)
-    if before.get(_LABELS) is not None and now.get(_LABELS) is not None:  # which counts, wherever the file is
-        now["reliable.labels"] = before.get("reliable.labels")
-    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    if differing:
-        key, *others = differing
-        more = f", and {len(others)} others differ" if others else ""
-        raise StorageError(
-            f"{path} holds another run's settings ({key} is {before.get(key)} there and {now.get(key)} here{more}); "
-            "choose another --out (and, of a run, share what is the same by --from), or use the same settings to go on"
-        )
-
-
-def _without_idle(flat: dict[str, Any]) -> dict[str, Any]:
-    """Flat settings but for the path of given weights, whose digest counts, and those without effect beside them."""
-    counted = ("pretrain.encoder", _WEIGHTS)
-    return {key: value for key, value in flat.items() if not key.startswith("pretrain.") or key in counted}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

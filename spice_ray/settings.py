@@ -189,10 +189,10 @@ class Heads(Settings):
     train_view: Literal["weak", "strong"] = "strong"
     """Views that learn the pseudo-labels (M-step)."""
     start: Literal["random", "kmeans"] = "random"
-    """What chooses the first prototypes: heads of random weights, or, for embeddings that are given, k-means, which
-    then is one head more; of all these the one is chosen whose clusters fit the nearest neighbours best."""
+    """What chooses the first prototypes: heads of random weights, or k-means, which then is one head more; of all these
+    the one is chosen whose clusters fit the nearest neighbours best."""
     views: Annotated[int, Field(ge=0)] = 0
-    """For embeddings that are given: how many nearest neighbours of each stand for its strong views; 0: itself."""
+    """How many nearest neighbours of each stand for its strong views; 0: itself."""
     more: Annotated[int, Field(ge=0)] = 10
     """Heads that may be trained beyond ``count`` where every one so far has merged clusters."""
     consensus: bool = False
@@ -210,6 +210,8 @@ class Heads(Settings):
 class ImageHeads(Heads):
     """Stage 2 on images."""
 
+    start: Literal["random", "kmeans"] = "random"
+    """What chooses the first prototypes: heads of random weights; k-means is for embeddings that are given."""
     views: PositiveInt = 4
     """Strong views of each image whose features are kept for the heads."""
 

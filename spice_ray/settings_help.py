@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from spice_ray.config import ImageRecipe
+from spice_ray.config import ImageRecipe, Recipe
 from spice_ray.errors import ConfigError
 from spice_ray.recipe import nearest, setting_keys
 
@@ -50,7 +50,17 @@ def find_settings(asked: str | None) -> list[SettingHelp]:
 
 
 def _all() -> Iterator[SettingHelp]:
-    schema = ImageRecipe.model_json_schema()
+    """Those of images, and behind them what differs for embeddings."""
+    of_embeddings = {help_.key: help_ for help_ in _of(Recipe)}
+    for help_ in _of(ImageRecipe):
+        yield help_
+        other = of_embeddings.get(help_.key, help_)
+        if other != help_:
+            yield other._replace(text=f"Of embeddings: {other.text}")
+
+
+def _of(recipe: type[Recipe]) -> Iterator[SettingHelp]:
+    schema = recipe.model_json_schema()
     for name, value in schema["properties"].items():
         if "$ref" not in value:
             yield _help(name, value)
@@ -83,5 +93,5 @@ def _values(schema: dict[str, Any]) -> str:
         return "none"
     if schema["type"] == "array":
         return "a list of numbers"
-    bounds = [text.format(f"{schema[name]:g}") for name, text in _BOUNDS.items() if name in schema]
+    bounds = [text.format(schema[name]) for name, text in _BOUNDS.items() if name in schema]
     return " ".join([_TYPES[schema["type"]], " and ".join(bounds)]).strip()

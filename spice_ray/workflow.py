@@ -28,6 +28,7 @@ from spice_ray.run_folder import (
     claim,
     claim_predictions,
     lock,
+    owner_of,
     read_finished,
     read_record,
 )
@@ -80,14 +81,14 @@ def prepare(
     """
     check_local_cpus(recipe.scale)
     check_folder(out)
-    recipe = _with_weights(recipe, out)
+    base = None if base is None else Path(os.path.abspath(base))
+    recipe = _with_weights(recipe, owner_of(out, base))
     recipe = _with_labels(recipe)
     if trials is not None:
         check_trials(recipe, trials)
         assert isinstance(recipe, ImageRecipe)  # of other recipes no sweep passes
         check_local_cpus(any_trial(recipe, trials).scale)
     out = Path(os.path.abspath(out))  # workers have working directories of their own
-    base = None if base is None else Path(os.path.abspath(base))
     path = _shards_of(data)
     if path is not None:
         shards = _open_shards(path)[0]
@@ -110,14 +111,14 @@ def prepare(
     return Prepared(claim(out, recipe, identity, base), recipe, source, None)
 
 
-def _with_weights(recipe: Recipe, out: Path) -> Recipe:
-    """The recipe with the digest of given weights, after a look at them."""
+def _with_weights(recipe: Recipe, owner: Path) -> Recipe:
+    """The recipe with the digest of given weights, after a look at them, or at the copy that the run ``owner`` has."""
     if not isinstance(recipe, ImageRecipe) or recipe.pretrain.weights is None or recipe.is_supervised:
         return recipe
     from spice_ray.runtime.frozen import check_given, pin_weights  # they need torch
 
-    pinned = pin_weights(recipe, out)
-    check_given(pinned, out / "artifacts")
+    pinned = pin_weights(recipe, owner)
+    check_given(pinned, owner / "artifacts")
     return pinned
 
 

@@ -1,3 +1,4 @@
+import fcntl
 import os
 import resource
 import shutil
@@ -217,6 +218,25 @@ def test_a_run_shares_the_artifacts_of_another_and_goes_on_without_being_told_ag
     assert claim(run.path, recipe(num_clusters=4), SOURCE, base.path).artifacts == run.artifacts
     run.note_seconds("heads", "0a", 2.5)
     assert base.seconds_of("heads-0a") == 2.5
+
+
+def test_a_folder_behind_a_link_shares_too(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "deep" / "runs").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "disk" / "deep" / "runs")
+    base = claim(tmp_path / "home" / "base", recipe(), SOURCE)
+    for _ in range(2):
+        run = claim(tmp_path / "runs" / "more", recipe(num_clusters=4), SOURCE, base.path)
+        assert run.artifacts == base.artifacts
+
+
+def test_while_another_process_is_in_the_run_that_is_shared_nothing_is_begun(tmp_path: Path) -> None:
+    claim(tmp_path / "base", recipe(), SOURCE)
+    shutil.copytree(tmp_path / "base", tmp_path / "busy")
+    with (tmp_path / "busy" / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StorageError, match=r"another process is running in .*busy"):
+            claim(tmp_path / "run", recipe(num_clusters=4), SOURCE, tmp_path / "busy")
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_folders_that_are_copied_together_still_share(tmp_path: Path) -> None:

@@ -158,6 +158,26 @@ def test_a_damaged_file_costs_its_pictures_alone(tmp_path: Path) -> None:
     assert html.count("<img") == 13  # the images of the second file
 
 
+def test_a_source_whose_name_is_no_text_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    change_record(run, source={"path": "ph\udcff<b>"})
+    assert "<p>ph?&lt;b&gt;; no label" in write_run_report(run).read_text()
+
+
+def test_neighbours_in_the_features_of_stage_3_are_not_held_against_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    record = json.loads((run / "run.json").read_text())
+    change_record(run, recipe={**record["recipe"], "joint": {"rounds": 2}})
+    assert [row[5] for row in rows_of(write_run_report(run).read_text())[1:3]] == ["", ""]
+
+
+def test_the_share_of_reliable_samples_is_of_those_that_they_were_chosen_from(tmp_path: Path) -> None:
+    run = make_run(tmp_path, reliable=[i < 10 for i in range(NUM_IMAGES)])
+    manifest = run / "artifacts" / "reliable-f" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "num_train": 20}))
+    assert "Reliable samples: 10 of 20 (50.0%)" in write_run_report(run).read_text()
+
+
 def test_what_sources_are_called_is_shown_as_it_is(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     table = pq.read_table(run / "assignments.parquet")

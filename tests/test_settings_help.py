@@ -11,7 +11,18 @@ from spice_ray.settings_help import find_settings
 def test_every_setting_is_explained() -> None:
     found = find_settings(None)
     assert [help_.key for help_ in found if len(help_.text) < 10] == []
-    assert sorted(help_.key for help_ in found) == sorted(setting_keys())
+    assert sorted({help_.key for help_ in found}) == sorted(setting_keys())
+
+
+def test_what_differs_for_embeddings_is_told_behind_what_images_have() -> None:
+    found = find_settings("heads.views")
+    assert [(help_.values, help_.default) for help_ in found] == [
+        ("a whole number at least 1", "4"),
+        ("a whole number at least 0", "0"),
+    ]
+    assert found[1].text.startswith("Of embeddings: How many nearest neighbours")
+    assert len(find_settings("joint.steps")) == len(find_settings("heads.epochs")) == 1
+    assert find_settings("seed")[0].values == "a whole number at least 0 and below 4294967296"
 
 
 def test_a_setting_is_told_with_its_values_and_default() -> None:

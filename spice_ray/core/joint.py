@@ -64,7 +64,10 @@ def agreeing_share(weak_logits: Tensor, strong_logits: Tensor, confidence: float
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """Average the weights, and the batch-norm statistics with them: those of the last steps are of other weights."""
+    """Average the weights, and the batch-norm statistics with them: those of the last steps are of other weights.
+
+    The published code copies statistics that follow so slowly themselves (batch norm's momentum is 1 - ``decay``).
+    """
     pairs = [*zip(ema.parameters(), model.parameters(), strict=True), *zip(ema.buffers(), model.buffers(), strict=True)]
     averaged = [pair for pair in pairs if pair[0].is_floating_point()]
     torch._foreach_lerp_([old for old, _ in averaged], [new for _, new in averaged], 1 - decay)

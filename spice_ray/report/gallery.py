@@ -93,7 +93,7 @@ def show_example(example: Example, pictures: dict[int, str]) -> str:
     """An example as HTML: its picture, where there is one, with its source and confidence; else these as text."""
     told = f"{shown(example.source)} ({example.confidence:.3f})"
     picture = pictures.get(example.sample_id)
-    return f"<li>{escape(told)}</li>" if picture is None else f'<img src="{picture}" alt="" title="{escape(told)}">'
+    return f"<div>{escape(told)}</div>" if picture is None else f'<img src="{picture}" alt="" title="{escape(told)}">'
 
 
 def _sample_rows(shards: Artifact) -> int:

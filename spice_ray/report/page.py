@@ -32,7 +32,7 @@ def write_page(file: Path, title: str, body: str) -> None:
 </html>
 """
     with reporting_disk_errors(file):
-        mirror.write_bytes(file, text.encode())
+        mirror.write_bytes(file, text.encode(errors="replace"))  # names of files need not be text
 
 
 def table(header: list[str], rows: Iterable[list[Any]], *, noted: bool = True) -> str:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from spice_ray import mirror
-from spice_ray.contracts import ASSIGNMENTS, HEADS, NEIGHBORS, SHARDS
+from spice_ray.contracts import ASSIGNMENTS, HEADS, NEIGHBORS, RELIABLE, SHARDS
 from spice_ray.core.unsupervised_loss import merged_loss, perfect_loss
 from spice_ray.errors import StorageError
 from spice_ray.report.gallery import Examples, choose_examples, read_pictures, show_example
@@ -79,7 +79,8 @@ def _clusters_of(run: Path, record: dict[str, Any], assignments: pa.Table) -> Cl
     sizes = np.bincount(clusters, minlength=count)
     reliable = np.bincount(clusters[assignments["reliable"].to_numpy()], minlength=count)
     agreement = np.full(count, np.nan)
-    if NEIGHBORS in record["artifacts"]:
+    # Of a further round of stage 3 they are neighbours in its own features, which say nothing of it.
+    if NEIGHBORS in record["artifacts"] and record["recipe"].get("joint", {}).get("rounds", 1) == 1:
         own = _trained_on(record, assignments)
         nearest = np.load(open_made(run, record, NEIGHBORS).file("neighbors.npy"), mmap_mode="r")
         agreement = _means(own, agreement_of(own, nearest[:, :_NEIGHBORS]), count)
@@ -118,12 +119,13 @@ def _means(clusters: Ints, values: NDArray[np.floating[Any]], count: int) -> NDA
 def _trust(run: Path, record: dict[str, Any], assignments: pa.Table) -> str:
     """The few numbers of the whole."""
     count = record["recipe"]["num_clusters"]
-    loss, reliable = open_made(run, record, ASSIGNMENTS).manifest["unsupervised_loss"], assignments["reliable"]
-    kept = int(np.count_nonzero(reliable.to_numpy()))
+    loss = open_made(run, record, ASSIGNMENTS).manifest["unsupervised_loss"]
+    kept = int(np.count_nonzero(assignments["reliable"].to_numpy()))
+    asked = open_made(run, record, RELIABLE).manifest.get("num_train", assignments.num_rows)
     told = [
         f"Unsupervised loss of the result: {loss:.4f}. Perfect, equally large clusters have {perfect_loss(count):.4f}; "
         f"a classifier that is certain, but has merged two of them, {merged_loss(count):.4f}.",
-        f"Reliable samples: {kept} of {assignments.num_rows} ({kept / assignments.num_rows:.1%}).",
+        f"Reliable samples: {kept} of {asked} ({kept / asked:.1%}).",
     ]
     if HEADS in record["artifacts"]:
         heads = open_made(run, record, HEADS).manifest

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from spice_ray import mirror
 from spice_ray.contracts import ASSIGNMENTS, EMBEDDING, VECTORS
 from spice_ray.image_counts import check_count
 from spice_ray.readers.parts import vectors_of
@@ -51,6 +53,11 @@ class EmbeddingPipeline(Pipeline):
             publish_vectors(self._root, print_, self.all_shards, show)
 
         return self._artifact(VECTORS, "embedding", "rows", settings, [self.shards_artifact], make)
+
+    @property
+    def neighbors_as_views(self) -> int:
+        """Those that heads learn from."""
+        return self.recipe.heads.views
 
     @cached_property
     def embedding(self) -> Artifact:
@@ -138,11 +145,12 @@ def _write_strong(folder: Path, train_ids: Ints, nearest: NDArray[np.int32]) -> 
 
 
 def _link(file: Path, name: Path) -> None:
-    """Another name for a file that nobody writes to; a copy where the disk has no such names."""
-    try:
-        os.link(file, name)
-    except OSError:
-        shutil.copyfile(file, name)
+    """Another name for a file that nobody writes to; a copy where that is not to be had."""
+    if not mirror.is_mirrored(file):  # by the time of which its copy here is known for one
+        with suppress(OSError):  # there are disks without such names
+            os.link(file, name)
+            return
+    shutil.copyfile(file, name)
 
 
 def unit_rows(vectors: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -99,8 +99,14 @@ def _rows_of(sources: pa.Array, shards: Shards) -> Ints:
     found = np.full(len(sources), UNKNOWN)
     for file in shards.readable:
         places = pc.index_in(read_column(shards.path, file, "source"), value_set=sources)
-        rows = np.flatnonzero(places.is_valid().to_numpy())
-        found[places.drop_null().to_numpy()] = file.first_id + rows
+        rows, places = np.flatnonzero(places.is_valid().to_numpy()), places.drop_null().to_numpy()
+        twice = places[(np.bincount(places, minlength=len(found))[places] > 1) | (found[places] != UNKNOWN)]
+        if len(twice):
+            raise DataError(
+                f"several images are called {sources[int(twice[0])].as_py()}, and a label cannot tell them apart; name "
+                "the images by their sample_id"
+            )
+        found[places] = file.first_id + rows
     return found
 
 

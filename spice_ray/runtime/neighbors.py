@@ -11,6 +11,7 @@ import ray
 import ray.util
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from spice_ray import mirror
 from spice_ray.config import Scale
@@ -106,6 +107,7 @@ class NeighborActor:
 
     def __init__(self, job: NeighborJob, cpus: int, gpus: float) -> None:
         torch.set_num_threads(cpus)
+        threadpool_limits(cpus, "blas")  # numpy's, which multiplies where there are no matrix tiles
         self._parts = PartFinder(job, gpus)
 
     def find(self, start: int) -> int:

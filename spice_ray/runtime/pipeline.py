@@ -4,7 +4,6 @@ What all runs share is here; ``image_pipeline.py`` has the paper's three stages,
 stage 1.
 """
 
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -72,6 +71,11 @@ class Pipeline(ABC):
     def frozen(self) -> Artifact:
         """Where the unit rows of the frozen embedding are."""
         return self.embedding
+
+    @property
+    def neighbors_as_views(self) -> int:
+        """How many nearest neighbours stand for views of each row."""
+        return 0
 
     @property
     @abstractmethod
@@ -185,7 +189,7 @@ class Pipeline(ABC):
         recipe = self.settled
         num_rows = self.train_shards.num_counted
         asked = num_neighbors(recipe.reliable, num_rows, recipe.num_clusters)
-        k = min(max(self.most_neighbors, asked or 0), num_rows - 1)
+        k = min(max(self.most_neighbors, self.neighbors_as_views, asked or 0), num_rows - 1)
         settings: dict[str, Any] = {"neighbors": k, "protocol": recipe.protocol}
         lists_key = None
         if recipe.reliable.index == "ivf":
@@ -194,7 +198,7 @@ class Pipeline(ABC):
 
         def make(print_: str, progress: Path, show: Show) -> None:
             width = embedding.manifest["embed_dim"]
-            part_rows = rows_of_part(num_rows, width, recipe.scale.gpus_per_worker)
+            part_rows = rows_of_part(num_rows, width, recipe.scale.gpus_per_worker if lists_key is None else 0)
             parts = self.run.checkpoints / f"{NEIGHBORS}-{print_}"
             job = NeighborJob(
                 embedding.file("embedding.npy"), width, training_ids(self.train_shards), k, part_rows, parts, lists_key
@@ -245,12 +249,13 @@ class Pipeline(ABC):
         if found:
             prints |= {artifact.kind: artifact.fingerprint for artifact in found}
             self.run.record_settled(self.recipe, self.settled)
+        self.run.begin_seconds()  # a run that shares all with another has made nothing
         root, own = self.shards_artifact.path.parent.resolve(), self.run.artifacts.resolve()
         self.run.record(
             artifacts={**prints, LABELS: self.labels.fingerprint if self.labels else None},
             damaged=sorted(self.damaged),
             # Shards of this run's own move with it; others stay where they are.
-            shards_root=os.path.relpath(root, self.run.path.resolve()) if root == own else mirror.url_of(root),
+            shards_root=self.run.artifacts_root if root == own else mirror.url_of(root),
         )
         return result
 

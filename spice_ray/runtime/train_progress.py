@@ -94,8 +94,8 @@ class TrainProgress:
             self._write_losses(is_over=True)
         elif collectives.first_worker_decides(self._is_due(), self._device):
             self._settle()
-            self._write_losses(is_over=False)
             self._save(step, snapshot())
+            self._write_losses(is_over=False)
 
     def note_health(self, epoch: int, loss: Tensor, health: Health) -> None:
         """Leave the signs of each epoch beside the progress, for whoever looks into a run."""
@@ -165,11 +165,12 @@ class TrainProgress:
         if mirror.is_mirrored(file) and not is_over:
             return
         lines = [f"{number},{value:.9g}" for number, value in enumerate(self._losses[first:], first + 1)]
-        if first == 0:  # also where another process that was lost has written some
-            _write_table(file, ["step", "loss"], lines)
-        else:
-            with suppress(OSError), file.open("a", encoding="ascii") as table:  # a full disk is told of by checkpoints
-                table.writelines(f"{line}\n" for line in lines)
+        with suppress(OSError):  # a full disk is told of by checkpoints
+            if first == 0:  # also where another process that was lost has written some
+                _write_table(file, ["step", "loss"], lines)
+            else:
+                with file.open("a", encoding="ascii") as table:
+                    table.writelines(f"{line}\n" for line in lines)
         self._num_written = len(self._losses)
 
 

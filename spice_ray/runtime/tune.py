@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -291,9 +290,10 @@ def _finish_winner(pipeline: ImagePipeline, winner: ImageRecipe, folder: Path) -
     held = read_json(pipeline.run.path / "run.json")
     # What the run has made is not the winner's: until that is finished, its folder is that of an unfinished run.
     record = {key: value for key, value in held.items() if key not in ("artifacts", "shards_root", "damaged")}
-    root = os.path.relpath(pipeline.run.artifacts, folder)
-    write_json(folder / "run.json", {**record, "recipe": science(winner), "artifacts_root": root})
+    of_winner = RunFolder(folder, pipeline.run.artifacts)
+    of_run = {"recipe": science(winner), "artifacts_root": of_winner.artifacts_root}
+    write_json(folder / "run.json", {**record, **of_run})
     timing = pipeline.run.path / "timing.json"
     if mirror.exists(timing):
         write_json(folder / "timing.json", read_json(timing))
-    replace(pipeline, recipe=winner, run=RunFolder(folder, pipeline.run.artifacts)).finish()
+    replace(pipeline, recipe=winner, run=of_winner).finish()

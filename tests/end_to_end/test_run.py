@@ -98,6 +98,15 @@ def test_another_number_of_clusters_goes_on_from_the_same_embedding(
     assert read_json(copied / "run.json")["recipe"]["num_clusters"] == 10
     assert evaluate(tmp_path / "seven")["k"] == 7
     assert (tmp_path / "seven" / "clusters.html").is_file()
+    # One that changes nothing that is computed has nothing to make.
+    prepared = workflow.prepare(
+        small_recipe("reliable.strict=true"), str(corpus.parquet), tmp_path / "same", base=copied
+    )
+    workflow.run(prepared, SilentReporter())
+    assert read_json(tmp_path / "same" / "timing.json") == {}
+    assert clusters(tmp_path / "same") == clusters(copied)
+    assert evaluate(tmp_path / "same")["seconds"] == {}
+    assert (tmp_path / "same" / "clusters.html").is_file()
 
 
 def test_labels_reach_nothing_but_their_artifact(finished: Path, corpus: Corpus, tmp_path: Path) -> None:
