@@ -21,6 +21,7 @@ from spice_ray.core.consensus import consensus
 from spice_ray.errors import ConfigError, DamagedError
 from spice_ray.evaluate import evaluate
 from spice_ray.recipe import load_recipe
+from spice_ray.runtime.bank import open_bank
 from spice_ray.runtime.progress import Done, SilentReporter
 from spice_ray.runtime.weights import load_weights
 from spice_ray.storage import Artifact, open_artifact
@@ -69,7 +70,35 @@ def test_embeddings_get_the_clusters_of_the_chosen_head(embedded: Path) -> None:
     assert 0 < reliable.sum() < NUM_IMAGES
     assert (reliable == (consistency > 0.5)).all()
     kinds = {path.name.partition("-")[0] for path in (embedded / "artifacts").iterdir()}
-    assert kinds == {"shards", "labels", "embedding", "heads", "neighbors", "reliable", "assignments"}
+    assert kinds == {"shards", "labels", "vectors", "embedding", "heads", "neighbors", "reliable", "assignments"}
+
+
+def test_the_views_of_a_row_are_its_nearest_neighbours_which_are_found_once(embedded: Path) -> None:
+    store, vectors = one(embedded, "embedding"), one(embedded, "vectors")
+    rows = np.load(vectors.file("embedding.npy")).astype(np.float64)
+    similarities = rows @ rows.T
+    np.fill_diagonal(similarities, -np.inf)
+    plain, strong = np.load(store.file("plain.npy")), np.load(store.file("strong.npy"))
+    assert len(strong) == store.manifest["views"] == 10
+    for view, nearest in enumerate(np.argsort(-similarities, axis=1, kind="stable")[:, :10].T):
+        assert np.array_equal(strong[view], plain[nearest])
+    for name in ("embedding.npy", "plain.npy"):
+        assert store.file(name).read_bytes() == vectors.file(name).read_bytes()
+    bank = open_bank(store)
+    assert np.array_equal(bank.weak, bank.plain)
+
+
+def test_more_views_than_neighbours_are_usually_looked_for(vectors: Path, tmp_path: Path) -> None:
+    run = cluster(vectors, tmp_path / "run", "heads.views=130", "heads.start=random", "heads.epochs=1", "heads.count=1")
+    assert np.load(one(run, "embedding").file("strong.npy"), mmap_mode="r").shape[0] == 130
+    assert one(run, "neighbors").manifest["neighbors"] == 130
+
+
+def test_the_page_names_examples_that_have_no_pictures(embedded: Path) -> None:
+    html = (embedded / "clusters.html").read_text()
+    assert f"{NUM_IMAGES} embeddings in 10 clusters" in html
+    assert "<img" not in html
+    assert "model.npy#" in html
 
 
 def test_the_heads_beside_k_means_are_chosen_by_how_well_they_fit_the_neighbours(embedded: Path) -> None:

@@ -12,9 +12,13 @@ import torch
 from sklearn.datasets import load_digits
 
 from spice_ray import workflow
+from spice_ray.contracts import ShardFile
 from spice_ray.errors import ConfigError, DataError, StorageError
 from spice_ray.evaluate import evaluate
-from spice_ray.readers.given_labels import read_given_labels
+from spice_ray.readers.given_labels import GivenLabels, read_given_labels
+from spice_ray.readers.parts import PartFormat, write_part
+from spice_ray.runtime.data import Shards
+from spice_ray.runtime.given_labels import labels_by_id
 from spice_ray.runtime.progress import SilentReporter
 from spice_ray.runtime.weights import load_joint
 from spice_ray.storage import Artifact, open_artifact
@@ -114,6 +118,22 @@ def test_labels_of_other_images_and_lanes_without_any_are_refused(corpus: Corpus
     few = write_labels(tmp_path / "few.parquet", np.array([0, 1]))
     with pytest.raises(ConfigError, match=r"2 given labels leave one of joint.lanes=4 lanes without any; give more"):
         cluster(corpus.parquet, tmp_path / "few", f"reliable.labels={few}", *settings)
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_labels_of_images_that_share_a_name_are_refused(files: int, tmp_path: Path) -> None:
+    names = [["a", "b", "b"]] if files == 1 else [["a", "b"], ["b", "c"]]
+    shards, first = [], 0
+    for number, sources in enumerate(names):
+        crc32 = write_part(tmp_path / f"part-{number}", pa.table({"source": sources}))
+        shards.append(ShardFile(f"part-{number}", first, len(sources), len(sources), crc32))
+        first += len(sources)
+    found = Shards(tmp_path, PartFormat(16, "pixels"), shards, None)
+    given = GivenLabels(pa.chunked_array([["a", "b"]]), np.array([0, 1]), "given.parquet")
+    with pytest.raises(DataError, match="several images are called b, and a label cannot tell them apart"):
+        labels_by_id(given, found)
+    alone = GivenLabels(pa.chunked_array([["a"]]), np.array([1]), "given.parquet")
+    assert labels_by_id(alone, found).tolist() == [1] + [-1] * (first - 1)
 
 
 def test_a_file_that_cannot_be_used_is_refused_before_anything_is_made(corpus: Corpus, tmp_path: Path) -> None:

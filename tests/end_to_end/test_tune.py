@@ -55,6 +55,7 @@ def test_a_sweep_shares_stages_1_and_2_and_ranks_by_the_unsupervised_loss(copied
     assert winner.joint.confidence == rows[0]["values"]["joint.confidence"]
     assert pq.read_table(folder / "assignments.parquet").num_rows == 600
     assert evaluate(folder)["n"] == 600
+    assert "600 images in 10 clusters" in (folder / "clusters.html").read_text()
 
     # One CPU is left for the tasks that read images; trials on all of them would wait for those for ever.
     spans = [span_of(file) for file in folder.glob("tune/*/result.json")]
