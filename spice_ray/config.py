@@ -190,6 +190,10 @@ class ImageRecipe(Recipe):
                 f"reliable.labels says which clusters there are and num_clusters={self.asked_clusters} leaves their "
                 "number open; give one number"
             )
+        if self.joint.steps == 0:
+            raise ValueError(
+                "joint.steps=0 leaves stage 3 out, which learns from reliable.labels; give steps, or no labels"
+            )
         if self.joint.rounds > 1:
             raise ValueError(
                 f"joint.rounds={self.joint.rounds} chooses reliable samples anew, and reliable.labels gives labels "

@@ -276,8 +276,8 @@ class Joint(Settings):
     """Another encoder than stage 1's, only with ``init: scratch``."""
     init: Literal["stage2", "scratch"] = "stage2"
     """Whether training goes on from the encoder and the chosen head, or begins with random weights."""
-    steps: PositiveInt
-    """Optimiser steps."""
+    steps: Annotated[int, Field(ge=0)]
+    """Optimiser steps; 0: no stage 3, and the result is the chosen head's."""
     rounds: PositiveInt = 1
     """Train so many times, ``steps`` each: before each but the first, reliable samples are chosen anew among what the
     model predicts by then, by neighbours in its own embedding."""

@@ -262,3 +262,9 @@ def test_a_prior_needs_one_number_of_clusters() -> None:
 def test_heads_learn_from_at_most_a_quarter_of_an_average_cluster() -> None:
     assert [num_views(10, n, 10) for n in (10, 40, 79, 80, 400, 4000)] == [1, 1, 1, 2, 10, 10]
     assert num_views(0, 4000, 10) == 0
+
+
+def test_labels_that_nobody_would_learn_from_are_refused() -> None:
+    refused = error_of(changed(reliable__labels="known.parquet", joint__steps=0))
+    assert refused == "joint.steps=0 leaves stage 3 out, which learns from reliable.labels; give steps, or no labels"
+    assert error_of(changed(joint__steps=-1)).startswith("joint.steps=-1")

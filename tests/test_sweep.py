@@ -209,8 +209,8 @@ def test_every_value_of_a_sweep_is_checked_with_the_others_of_its_trial(tmp_path
     alone = {"pretrain.symmetric": [True]}
     with pytest.raises(ConfigError, match=r"does not divide pretrain\.queue_size=384"):
         check_trials(recipe, load_sweep(sweep_file(tmp_path, alone, trial={"pretrain.queue_size": 256})))
-    with pytest.raises(ConfigError, match=r"joint\.steps=0 cannot be used"):
-        check_trials(recipe, load_sweep(sweep_file(tmp_path, {"joint.ema": [0.5]}, trial={"joint.steps": 0})))
+    with pytest.raises(ConfigError, match=r"joint\.steps=-1 cannot be used"):
+        check_trials(recipe, load_sweep(sweep_file(tmp_path, {"joint.ema": [0.5]}, trial={"joint.steps": -1})))
 
 
 @pytest.mark.parametrize("key", ["joint.init", "reliable.min_consistency"])

@@ -66,7 +66,7 @@ def check_trainable(recipe: ImageRecipe, manifest: dict[str, Any]) -> None:
         ConfigError: ``manifest``, of the encoder, counts such batch norms and ``joint.init`` is stage2.
     """
     others = manifest.get("other_batch_norms", 0)
-    if others and recipe.joint.init == "stage2":
+    if others and recipe.joint.init == "stage2" and recipe.joint.steps:
         raise ConfigError(
             f"joint.init=stage2 would train {manifest['arch']}, and {others} of its batch norms cannot be kept apart "
             "by lanes; set joint.init=scratch and joint.encoder to a shipped encoder, such as joint.encoder=resnet18"

@@ -282,6 +282,8 @@ class ImagePipeline(Pipeline):
         Raises:
             ConfigError: The same, of labels that are given.
         """
+        if self.recipe.joint.steps == 0:
+            return "joint.steps=0 leaves it out"
         rows = [file.rows for file in self.train_shards.files]
         reason = why_skip(round_.reliable, self.settled, rows, self.recipe.joint.lanes)
         if reason is not None and self.recipe.reliable.labels is not None:

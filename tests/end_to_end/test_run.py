@@ -22,7 +22,7 @@ from spice_ray.runtime.inference import training_ids
 from spice_ray.runtime.ingest import ingest
 from spice_ray.runtime.progress import SilentReporter
 from spice_ray.storage import read_json
-from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, cluster, damage, small_recipe
+from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, Notes, cluster, damage, small_recipe
 
 COLUMNS = ["sample_id", "source", "split", "cluster", "confidence", "consistency", "reliable"]
 KINDS = ["shards", "encoder", "embedding", "heads", "neighbors", "reliable", "joint", "assignments"]
@@ -159,6 +159,17 @@ def test_thresholds_that_keep_nothing_skip_stage_3(copied: Path, corpus: Corpus,
     assert not any(table["reliable"].to_pylist())
     heads = next((run / "artifacts").glob("heads-*"))
     assert table["cluster"].to_pylist() == np.load(heads / "assignments.npy").tolist()
+
+
+def test_without_steps_stage_3_is_left_out(copied: Path, corpus: Corpus, tmp_path: Path) -> None:
+    notes = Notes()
+    prepared = workflow.prepare(small_recipe("joint.steps=0"), str(corpus.parquet), tmp_path / "heads", base=copied)
+    workflow.run(prepared, notes)
+    assert "stage 3 is skipped: joint.steps=0 leaves it out" in notes.notes
+    (heads,) = (copied / "artifacts").glob("heads-*")
+    table = pq.read_table(tmp_path / "heads" / "assignments.parquet")
+    assert table["cluster"].to_pylist() == np.load(heads / "assignments.npy").tolist()
+    assert not any(table["reliable"].to_pylist())
 
 
 def test_the_unlabeled_part_of_a_collection_is_seen_by_stage_1_alone(
