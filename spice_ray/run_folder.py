@@ -18,6 +18,8 @@ import fcntl
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -127,6 +129,27 @@ class RunFolder:
     def _seconds_of(self, name: str) -> Path:
         return self.owner / "seconds" / f"{name}.json"
 
+    @contextmanager
+    def alone(self, kind: str, print_: str) -> Iterator[None]:
+        """Let no other process make the same artifact for as long as the context lasts: it waits, and finds it made.
+
+        Of a folder on a server no process is kept out.
+
+        Raises:
+            StorageError: The disk refused.
+        """
+        if mirror.is_mirrored(self.owner):
+            yield
+            return
+        file = self.owner / "checkpoints" / f".{kind}-{print_}.lock"
+        with reporting_disk_errors(file):
+            held = _held(file)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            held.close()
+
     def publish_table(self, artifact: Artifact, name: str) -> None:
         """Give the user a copy of an artifact's table beside run.json.
 
@@ -137,6 +160,18 @@ class RunFolder:
         with reporting_disk_errors(self.path):
             shutil.copyfile(table, temporary)
             mirror.deliver(temporary, self.path / name)
+
+
+def _held(file: Path) -> IO[str]:
+    """The file, held by this process alone; whoever holds it removes it in the end."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        held = file.open("w")
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(file), os.fstat(held.fileno())):
+                return held
+        held.close()  # it was removed while this process waited for it
 
 
 def science(recipe: Recipe) -> dict[str, Any]:

@@ -3,6 +3,8 @@ import os
 import resource
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -286,3 +288,39 @@ def test_a_run_whose_artifacts_are_gone_says_so(tmp_path: Path) -> None:
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     with pytest.raises(StorageError, match=r"shares the artifacts of the run .*base, which is gone"):
         claim(tmp_path / "run", recipe(num_clusters=4), SOURCE)
+
+
+def test_what_two_make_at_once_is_made_once(tmp_path: Path) -> None:
+    made, turns, begun = list[int](), list[str](), threading.Event()
+
+    def make(number: int) -> None:
+        run = RunFolder(tmp_path / f"trial-{number}", tmp_path / "artifacts")
+        with run.alone("encoder", "0a"):
+            turns.append(f"in {number}")
+            begun.set()
+            if not made:
+                time.sleep(0.2)
+                made.append(number)
+            turns.append(f"out {number}")
+
+    threads = [threading.Thread(target=make, args=(number,)) for number in range(5)]
+    threads[0].start()
+    begun.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert made == [0]
+    assert len(turns) == 10
+    assert all(first.replace("in", "out") == second for first, second in zip(turns[::2], turns[1::2], strict=True))
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_others_are_made_at_the_same_time_and_one_that_failed_may_be_made_again(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, tmp_path / "artifacts")
+    with run.alone("encoder", "0a"), run.alone("encoder", "0b"), run.alone("heads", "0a"):
+        pass
+    with pytest.raises(KeyError), run.alone("encoder", "0a"):
+        raise KeyError
+    with run.alone("encoder", "0a"):
+        assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == [".encoder-0a.lock"]

@@ -280,10 +280,14 @@ class Pipeline(ABC):
         found = open_artifact(self._root, kind, print_)
         if found is not None:
             return found
-        start = time.monotonic()
-        with self.reporter.stage(title, unit) as show, timed(self.run, title):
-            make(print_, self.run.progress(kind), show)
-        self.run.note_seconds(kind, print_, time.monotonic() - start)
+        with self.run.alone(kind, print_):
+            found = open_artifact(self._root, kind, print_)
+            if found is not None:  # by another trial of a sweep, meanwhile
+                return found
+            start = time.monotonic()
+            with self.reporter.stage(title, unit) as show, timed(self.run, title):
+                make(print_, self.run.progress(kind), show)
+            self.run.note_seconds(kind, print_, time.monotonic() - start)
         return _opened(self._root, kind, print_)
 
     def _tell_loss(self) -> None:

@@ -59,4 +59,4 @@ class Features:
         if place not in self._kept:  # without views one array stands for several
             self._kept[place] = torch.from_numpy(np.array(array)).to(self.device)
         kept = self._kept[place]
-        return lambda rows: kept[torch.from_numpy(rows).to(self.device)].float()
+        return lambda rows: kept[torch.from_numpy(rows).to(self.device, non_blocking=True)].float()

@@ -1,5 +1,6 @@
 """What Ray is asked for where there are GPUs: this machine has none, and its processor computes in their place."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,19 +15,21 @@ import yaml
 from spice_ray.errors import ResourceError
 from spice_ray.runtime.memory import device_of
 from tests.end_to_end.small_runs import Corpus
+from tests.made_shards import NUM_IMAGES as NUM_ROWS
+from tests.made_shards import make_shards
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and nothing to pretend")
 GPUS = ["scale.gpus_per_worker=0.5", "scale.head_gpus=0.25"]
 
 
-def spice_ray(*args: object) -> str:
+def called(*args: object) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
-    called = [sys.executable, "-m", "tests.pretended_gpu", *map(str, args)]
-    done = subprocess.run(called, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=500)
+    command = [sys.executable, "-m", "tests.pretended_gpu", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
+    return done.stdout
 
 
 def clusters(file: Path) -> np.ndarray:
@@ -37,11 +40,17 @@ def clusters(file: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def run(finished: Path, recipe_file: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gpu") / "run"
-    spice_ray("run", recipe_file, "--data", corpus.parquet, "--out", out, *GPUS)
+    called("run", recipe_file, "--data", corpus.parquet, "--out", out, *GPUS)
     return out
 
 
-def test_a_run_on_gpus_is_scheduled_and_its_embedding_is_that_of_any_other(run: Path, finished: Path) -> None:
+def test_images_are_handed_to_actors_with_a_part_of_a_gpu(tmp_path: Path) -> None:
+    make_shards(tmp_path, "a")
+    assert json.loads(called("map", tmp_path)) == [[number, number] for number in range(NUM_ROWS)]
+
+
+@pytest.mark.faults
+def test_the_embedding_of_a_run_on_gpus_is_that_of_any_other(run: Path, finished: Path) -> None:
     (embedding,) = (run / "artifacts").glob("embedding-*")
     for file in embedding.glob("*.npy"):
         assert file.read_bytes() == (finished / "artifacts" / embedding.name / file.name).read_bytes(), file.name
@@ -52,7 +61,7 @@ def test_a_run_on_gpus_is_scheduled_and_its_embedding_is_that_of_any_other(run: 
 
 @pytest.mark.faults
 def test_new_images_are_classified(run: Path, corpus: Corpus, tmp_path: Path) -> None:
-    spice_ray("predict", run, "--data", corpus.parquet, "--out", tmp_path / "new", GPUS[0])
+    called("predict", run, "--data", corpus.parquet, "--out", tmp_path / "new", GPUS[0])
     assert np.array_equal(clusters(tmp_path / "new" / "assignments.parquet"), clusters(run / "assignments.parquet"))
 
 
@@ -61,7 +70,7 @@ def test_trials_share_a_gpu(run: Path, recipe_file: Path, corpus: Corpus, tmp_pa
     sweep = tmp_path / "small.yaml"
     space = {"joint.confidence": [0.5, 0.9], "pretrain.temperature": [0.2]}
     sweep.write_text(yaml.safe_dump({"recipe": str(recipe_file), "space": space, "trial": {"joint.steps": 10}}))
-    spice_ray("tune", sweep, "--data", corpus.parquet, "--out", run, *GPUS)
+    called("tune", sweep, "--data", corpus.parquet, "--out", run, *GPUS)
     trials = pq.read_table(run / "sweeps" / "small" / "trials.parquet").to_pylist()
     assert [trial["note"] for trial in trials] == ["", ""]
     assert (run / "sweeps" / "small" / "assignments.parquet").is_file()
