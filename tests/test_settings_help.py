@@ -31,7 +31,7 @@ def test_a_setting_is_told_with_its_values_and_default() -> None:
     assert found.default == "none"
     (found,) = find_settings("joint.init")
     assert (found.values, found.default) == ("stage2, scratch", "stage2")
-    (found,) = find_settings("joint.steps")
+    (found,) = find_settings("heads.epochs")
     assert (found.values, found.default) == ("a whole number at least 1", None)
     (found,) = find_settings("heads.consensus")
     assert (found.values, found.default) == ("true or false", "false")
