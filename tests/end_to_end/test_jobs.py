@@ -74,14 +74,9 @@ def wait_for_server(port: int, head: subprocess.Popen[bytes]) -> None:
     pytest.fail("the job server did not come up in 120 s")
 
 
-@pytest.mark.timeout(900)
-def test_a_submitted_job_clusters_images(job_server: str, corpus: Corpus, recipe_file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    # Stage 3 is Ray Train again, as stage 1, and is skipped.
-    settings = ["reliable.min_confidence=0.999999"]
-    entry = ["python", "jobs/run.py", str(recipe_file), "--data", str(corpus.parquet), "--out", str(out), *settings]
-    job = subprocess.run(
-        [str(RAY), "job", "submit", "--address", job_server, "--working-dir", ".", "--", *entry],
+def submit(server: str, *entry: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [str(RAY), "job", "submit", "--address", server, "--working-dir", ".", "--", "python", *entry],
         cwd=REPOSITORY,
         env=ENVIRONMENT,
         capture_output=True,
@@ -89,7 +84,25 @@ def test_a_submitted_job_clusters_images(job_server: str, corpus: Corpus, recipe
         timeout=800,
         check=False,
     )
-    assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-3000:]
+
+
+@pytest.mark.timeout(900)
+def test_a_submitted_job_clusters_images(job_server: str, corpus: Corpus, recipe_file: Path, tmp_path: Path) -> None:
+    data, out = ["--data", str(corpus.parquet), "--out", str(tmp_path / "run")], tmp_path / "run"
+    for job, name, setting in (
+        ("run", str(recipe_file), "heads.cuont=3"),
+        ("tune", "tune_configs/smoke.yaml", "seed=x"),
+    ):
+        refused = submit(job_server, f"jobs/{job}.py", name, *data, setting)
+        assert refused.returncode != 0
+        assert f"spice-ray: {'unknown setting' if job == 'run' else 'seed='}" in refused.stdout
+        assert "using the Ray cluster" not in refused.stdout
+        assert not out.exists()
+
+    # Stage 3 is Ray Train again, as stage 1, and is skipped.
+    done = submit(job_server, "jobs/run.py", str(recipe_file), *data, "reliable.min_confidence=0.999999")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "using the Ray cluster" in done.stdout
     table = pq.read_table(out / "assignments.parquet")
     assert table["sample_id"].to_pylist() == list(range(NUM_IMAGES))
     assert len(json.loads((out / "run.json").read_text())["artifacts"]) == 9
