@@ -71,9 +71,9 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     pairs = [*zip(ema.parameters(), model.parameters(), strict=True), *zip(ema.buffers(), model.buffers(), strict=True)]
     averaged = [pair for pair in pairs if pair[0].is_floating_point()]
     torch._foreach_lerp_([old for old, _ in averaged], [new for _, new in averaged], 1 - decay)
-    for old, new in pairs:
-        if not old.is_floating_point():  # batch norm's count of batches
-            old.copy_(new)
+    counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+    if counts:  # of batches; a vision transformer has none
+        torch._foreach_copy_([old for old, _ in counts], [new for _, new in counts])
 
 
 def seven_sixteenths_cosine(step: int, total: int) -> float:

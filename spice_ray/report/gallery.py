@@ -16,7 +16,7 @@ from PIL import Image
 from spice_ray.contracts import ShardFile
 from spice_ray.errors import DamagedError
 from spice_ray.mirror import shown
-from spice_ray.readers.parts import PartFormat, format_of, images_of, read_part
+from spice_ray.readers.parts import format_of, images_of, read_part
 from spice_ray.storage import Artifact
 
 _SAMPLE_ROWS = 20_000
@@ -82,7 +82,7 @@ def read_pictures(shards: Artifact, ids: Ints) -> dict[int, str]:
         first += file.rows
         if len(own):
             try:
-                images = _images(shards, file, format_, own - file.first_id)
+                images = images_of(read_part(shards.path, file, format_, own - file.first_id), format_.size)
             except DamagedError:
                 continue
             pictures |= {int(id_): _url_of(image) for id_, image in zip(own, images, strict=True)}
@@ -110,10 +110,6 @@ def _sample_rows(shards: Artifact) -> int:
 def _examples(assignments: pa.Table, positions: Ints) -> list[Example]:
     rows = assignments.select(["sample_id", "source", "confidence"]).take(positions).to_pylist()
     return [Example(**row) for row in rows]
-
-
-def _images(shards: Artifact, file: ShardFile, format_: PartFormat, rows: Ints) -> NDArray[np.uint8]:
-    return images_of(read_part(shards.path, file, format_, rows), format_.size)
 
 
 def _url_of(image: NDArray[np.uint8]) -> str:

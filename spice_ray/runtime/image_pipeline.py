@@ -137,9 +137,7 @@ class ImagePipeline(Pipeline):
             )
         bare = [cluster for cluster, count in enumerate(found.manifest["kept"]) if count == 0]
         if bare:
-            self.reporter.note(
-                f"no image of the clusters {bare} has a given label, and stage 3 learns others for theirs"
-            )
+            self.reporter.note(f"no given label is of the clusters {bare}, so that stage 3 learns nothing of them")
         return found
 
     @cached_property
