@@ -53,14 +53,18 @@ def by_faiss(rows: Tensor, queries: int, k: int) -> Tensor:
 
 
 def unlike(rows: Tensor, found: Tensor, expected: Tensor) -> int:
-    """Queries whose lists differ otherwise than by a near tie with the last of them."""
-    count = 0
-    for query, (ours, theirs) in enumerate(zip(found.tolist(), expected.tolist(), strict=True)):
-        others = torch.tensor(sorted(set(ours) ^ set(theirs)), dtype=torch.int64)
-        if len(others):
-            similarities = rows[others].double() @ rows[query].double()
-            count += int(similarities.max() - similarities.min() > NEAR_TIE)
-    return count
+    """Queries whose lists differ."""
+    pairs = zip(found.tolist(), expected.tolist(), strict=True)
+    return sum(differ(rows, query, ours, theirs) for query, (ours, theirs) in enumerate(pairs))
+
+
+def differ(rows: Tensor, query: int, ours: list[int], theirs: list[int]) -> bool:
+    """Whether two lists of a query differ otherwise than by a near tie with the last of them."""
+    others = torch.tensor(sorted(set(ours) ^ set(theirs)), dtype=torch.int64)
+    if not len(others):
+        return False
+    similarities = rows[others].double() @ rows[query].double()
+    return bool(similarities.max() - similarities.min() > NEAR_TIE)
 
 
 def by_float64(rows: Tensor, queries: int, k: int) -> Tensor:
