@@ -53,12 +53,14 @@ def default_sides(options: argparse.Namespace, workers: int, device: torch.devic
 def _sides(
     own: Joint, plain: Plain, options: argparse.Namespace, workers: list[int], device: torch.device
 ) -> dict[str, Side]:
+    own_images = (own, options.encoder, options.images, device)
     return {
-        "ours": partial(ours, own, options.encoder, options.images, device),
+        "ours": partial(ours, *own_images),
         **{f"plain, {n} workers": partial(plain_loop, plain, options.images, n, device) for n in workers},
         "ours, prepared views": partial(ours_prepared, own, options.encoder, device),
         "plain, prepared views": partial(plain_prepared, plain, device),
         "passes": partial(passes, own, options.encoder, device),
+        **({"ours, compiled": partial(ours, *own_images, compiled=True)} if options.compile else {}),
     }
 
 
@@ -73,6 +75,8 @@ def report(title: str, times: Times) -> dict[str, Any]:
         print(f"{title:9s} {name:24s} {1000 * median(seconds):10,.1f} ms a step")
     low, middle, high = min(found["ratios"]), median(found["ratios"]), max(found["ratios"])
     print(f"{title:9s} ours is {middle:.3f}x {peer} ({low:.3f} to {high:.3f})")
+    if "ours, compiled" in times:
+        print(f"{title:9s} compiled it is {median(ratios(times, 'ours', 'ours, compiled')):.3f}x as fast")
     made = ratios(times, "plain, prepared views", "ours, prepared views")
     print(f"{title:9s} with views that are made already: {median(made):.3f}x")
     return {**found, "ratios_prepared": made}
@@ -83,6 +87,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="wrn28_2")
     parser.add_argument("--images", type=int, default=8192)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="of each DataLoader, to try")
+    parser.add_argument("--compile", action="store_true", help="ours also with a compiled encoder")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--steps", type=int, default=1, help="in a turn")
     parser.add_argument("--rounds", type=int, default=5)

@@ -60,12 +60,14 @@ class PreparedViews:
         return self._second[: len(images)]
 
 
-def ours(settings: Joint, encoder: str, count: int, device: torch.device, turn: Turn) -> None:
+def ours(
+    settings: Joint, encoder: str, count: int, device: torch.device, turn: Turn, *, compiled: bool = False
+) -> None:
     images, few, window = make_images(count), settings.labelled_batch // settings.lanes, shuffle_window(SIDE)
     known = Stream(stream_key(0, "labelled"), few, window, with_replacement)
     everything = Stream(stream_key(0, "unlabelled"), few * settings.unlabelled_ratio, window)
     lanes = [resident(images, settings.lanes, stream, device) for stream in (known, everything)]
-    _train(settings, encoder, *lanes, Augmentation("natural", MEAN, STD), count, device, turn)
+    _train(settings, encoder, *lanes, Augmentation("natural", MEAN, STD), count, device, turn, compiled=compiled)
 
 
 def ours_prepared(settings: Joint, encoder: str, device: torch.device, turn: Turn) -> None:
@@ -84,6 +86,8 @@ def _train(
     count: int,
     device: torch.device,
     turn: Turn,
+    *,
+    compiled: bool = False,
 ) -> None:
     train_joint(
         settings,
@@ -97,6 +101,7 @@ def _train(
         device=device,
         wrap=lambda module: module,
         progress=TurnProgress(turn),
+        compiled=compiled,
     )
 
 

@@ -50,6 +50,7 @@ ENDLESS = 1_000_000
 """Epochs: a loop ends when nobody gives it a turn any more."""
 ONE_EPOCH = {"epochs": 1, "warmup_epochs": 1}
 """Stage 1 looks for a collapse after the warm-up, and these images hold nothing to be learned."""
+COMPILED = "ours, compiled"
 Times = dict[str, list[float]]
 
 
@@ -74,6 +75,7 @@ def same_sides(options: argparse.Namespace, count: int, device: torch.device) ->
         "ours, prepared views": partial(ours_prepared, own, count, device),
         "lightly, prepared views": partial(lightly_prepared, peer, device),
         "passes": partial(passes, own, device),
+        **_compiled(options, own, count, device),
     }
 
 
@@ -91,7 +93,12 @@ def default_sides(options: argparse.Namespace, workers: int, count: int, device:
         "ours, passes": partial(passes, own, device),
         "lightly, passes": partial(passes, of_peer, device),
         **(once if own.symmetric else {}),
+        **_compiled(options, own, count, device),
     }
+
+
+def _compiled(options: argparse.Namespace, own: Pretrain, count: int, device: torch.device) -> dict[str, Side]:
+    return {COMPILED: partial(ours, own, count, device, compiled=True)} if options.compile else {}
 
 
 def fastest_peer(times: Times) -> str:
@@ -116,6 +123,8 @@ def report(title: str, times: Times, batch: int) -> dict[str, Any]:
         print(f"{title:9s} {name:24s} {batch / median(seconds):10,.1f} images/s")
     low, middle, high = min(found["ratios"]), median(found["ratios"]), max(found["ratios"])
     print(f"{title:9s} ours is {middle:.3f}x {peer} ({low:.3f} to {high:.3f})")
+    if COMPILED in times:
+        print(f"{title:9s} compiled it is {median(ratios(times, 'ours', COMPILED)):.3f}x as fast")
     found["shares"] = {}
     for side, whole in (("ours", "ours"), ("lightly", peer)):
         alone = f"{side}, passes" if f"{side}, passes" in times else "passes"
@@ -165,6 +174,7 @@ def parse() -> argparse.Namespace:
     beside = commands.add_parser("lightly")
     beside.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="of lightly's DataLoader, to try")
     beside.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    beside.add_argument("--compile", action="store_true", help="ours also with compiled encoders")
     hosted = commands.add_parser("ray")
     for command, batch, steps, rounds in ((beside, 128, 1, 5), (hosted, 16, 30, 4)):
         command.add_argument("--encoder", choices=sorted(RECIPES), default="resnet18_small")

@@ -74,10 +74,10 @@ class PreparedViews:
         return next(self._views)
 
 
-def ours(settings: Pretrain, count: int, device: torch.device, turn: Turn) -> None:
+def ours(settings: Pretrain, count: int, device: torch.device, turn: Turn, *, compiled: bool = False) -> None:
     stream = Stream(stream_key(0, "pretrain"), settings.batch_size // settings.lanes, shuffle_window(_SIDE))
     lanes = resident(make_images(count), settings.lanes, stream, device)
-    _train(settings, lanes, Augmentation("natural", MEAN, STD, blur=0), count, device, turn)
+    _train(settings, lanes, Augmentation("natural", MEAN, STD, blur=0), count, device, turn, compiled=compiled)
 
 
 def ours_prepared(settings: Pretrain, count: int, device: torch.device, turn: Turn) -> None:
@@ -86,7 +86,16 @@ def ours_prepared(settings: Pretrain, count: int, device: torch.device, turn: Tu
     _train(settings, lanes, views, count, device, turn)
 
 
-def _train(settings: Pretrain, lanes: Lanes, views: Any, count: int, device: torch.device, turn: Turn) -> None:
+def _train(
+    settings: Pretrain,
+    lanes: Lanes,
+    views: Any,
+    count: int,
+    device: torch.device,
+    turn: Turn,
+    *,
+    compiled: bool = False,
+) -> None:
     pretrain(
         settings,
         lanes,
@@ -96,6 +105,7 @@ def _train(settings: Pretrain, lanes: Lanes, views: Any, count: int, device: tor
         device=device,
         wrap=lambda module: module,
         progress=TurnProgress(turn),
+        compiled=compiled,
     )
 
 

@@ -39,6 +39,9 @@ class Scale(Settings):
     accumulate: PositiveInt = 1
     """Parts that a worker computes a batch in, one after the other: a batch that its memory would not hold at once.
     SimCLR's batches stay whole in stage 1."""
+    compile: bool = False
+    """Have torch compile the encoders that are trained. Each stage begins some minutes later, for steps that are faster
+    on a GPU and not on a processor; every node needs a C++ compiler."""
     head_actors: PositiveInt | None = None
     """Actors that share the heads, or the search for neighbours; none: one per head where the cluster has room, else
     one per free processor."""

@@ -26,7 +26,7 @@ class DamagedError(StorageError):
 
 
 class ResourceError(SpiceError):
-    """More processors or accelerators asked for than the cluster has."""
+    """More processors or accelerators asked for than the cluster has, or a compiler that a node has not."""
 
 
 class TrainingError(SpiceError):

@@ -38,9 +38,18 @@ class LaneBatchNorm2d(OfLanes, nn.BatchNorm2d):
         """Normalise the rows of each lane, (L * b, C, H, W), lane after lane."""
         if not self.training or self.lanes == self.parts == 1:
             return super().forward(x)
+        assert self.num_batches_tracked is not None
+        # As plain batch norm does: an encoder's file must not show how many lanes each worker served, or in how many
+        # parts.
+        if self.part == self.parts - 1:
+            self.num_batches_tracked.add_(1)
+        # What a compiler fuses into few passes over the rows, and would be many of them without it.
+        return self.all_at_once(x) if torch.compiler.is_compiling() else self.one_by_one(x)
+
+    def one_by_one(self, x: Tensor) -> Tensor:
+        """The library's batch norm for each lane."""
         assert self.running_mean is not None
         assert self.running_var is not None
-        assert self.num_batches_tracked is not None
         means, variances = self.running_mean.repeat(self.lanes, 1), self.running_var.repeat(self.lanes, 1)
         share = self._share()
         normalised = [
@@ -49,11 +58,20 @@ class LaneBatchNorm2d(OfLanes, nn.BatchNorm2d):
         ]
         self.running_mean.copy_(means.mean(dim=0))
         self.running_var.copy_(variances.mean(dim=0))
-        # As plain batch norm does: an encoder's file must not show how many lanes each worker served, or in how many
-        # parts.
-        if self.part == self.parts - 1:
-            self.num_batches_tracked.add_(1)
         return torch.cat(normalised)
+
+    def all_at_once(self, x: Tensor) -> Tensor:
+        """The same for all lanes, in float32."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        rows = x.unflatten(0, (self.lanes, -1)).float()
+        variances, means = torch.var_mean(rows, dim=(1, 3, 4), correction=0, keepdim=True)
+        share, count = self._share(), rows[0, :, 0].numel()
+        self.running_mean.lerp_(means.detach().mean(dim=0).flatten(), share)
+        self.running_var.lerp_(variances.detach().mean(dim=0).flatten() * (count / (count - 1)), share)
+        scale = self.weight[:, None, None] * (variances + self.eps).rsqrt()
+        normalised: Tensor = (rows - means) * scale + self.bias[:, None, None]
+        return normalised.to(x.dtype).flatten(0, 1)
 
     def _share(self) -> float:
         """Of this part's statistics in the running ones: after all parts each has momentum / parts."""
@@ -96,6 +114,13 @@ class Encoder(OfLanes, nn.Module):
         """As ``forward``, of rows lane after lane."""
         feature_map = self.trunk(images)
         return feature_map, feature_map.mean(dim=(2, 3))
+
+
+def compile_encoders(model: nn.Module) -> None:
+    """Let torch compile the encoders in ``model`` when they first compute, for as long as they are not copied."""
+    for module in model.modules():
+        if isinstance(module, Encoder):
+            module.compile(dynamic=False)
 
 
 def convnet() -> Encoder:

@@ -17,7 +17,7 @@ from spice_ray.errors import DamagedError, SpiceError, StorageError, TrainingErr
 from spice_ray.runtime.cluster import find_spice_error, num_workers
 from spice_ray.runtime.memory import device_of, image_budget
 from spice_ray.runtime.train_progress import ERROR_FILE, TrainProgress, leave_error
-from spice_ray.runtime.workers import Host, JointJob, PretrainJob
+from spice_ray.runtime.workers import Host, JointJob, PretrainJob, may_compile
 from spice_ray.storage import open_artifact, read_json
 
 
@@ -39,7 +39,8 @@ def _work(config: dict[str, Any]) -> None:
             raise StorageError(f"{folder} is not seen by every node; choose an --out that all nodes mount")
         sharing = ray.train.get_context().get_local_world_size()
         progress = TrainProgress(device, scale.checkpoint_seconds, folder)
-        host = Host(device, wrap_ddp, progress, image_budget(scale, device, sharing), scale.accumulate)
+        memory, compiled = image_budget(scale, device, sharing), may_compile(scale)
+        host = Host(device, wrap_ddp, progress, memory, scale.accumulate, compiled)
         config["run"](job, host)
     except (SpiceError, ray.exceptions.RayError) as error:
         # What went wrong in a task that reads comes wrapped.

@@ -27,7 +27,14 @@ from spice_ray.runtime.looks import Look, Looks
 from spice_ray.runtime.memory import device_of, image_budget
 from spice_ray.runtime.train_progress import check_loss
 from spice_ray.runtime.weights import load_head, load_joint
-from spice_ray.runtime.workers import Host, augmentation_of, initial_joint, publish_skipped, run_joint
+from spice_ray.runtime.workers import (
+    Host,
+    augmentation_of,
+    initial_joint,
+    may_compile,
+    publish_skipped,
+    run_joint,
+)
 from spice_ray.stages.assign import predict
 from spice_ray.stages.train_heads import shares_of
 from spice_ray.storage import Artifact, fingerprint, open_artifact, publish
@@ -178,7 +185,8 @@ def _train_here(pipeline: ImagePipeline, judge: Judge, tell: Tell) -> bool:
 
     progress = TrialProgress(judge.sweep.early_stopping, look)
     memory = image_budget(scale, device, judge.num_sharing)
-    run_joint(job, Host(device, lambda module: module, progress, memory, scale.accumulate))
+    host = Host(device, lambda module: module, progress, memory, scale.accumulate, compiled=may_compile(scale))
+    run_joint(job, host)
     pipeline.run.note_seconds(JOINT, print_, time.monotonic() - start)
     return True
 

@@ -1,5 +1,7 @@
 """What a training worker of stage 1 or 3 does, whoever hosts it: Ray Train, or a trial of a sweep."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -8,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from spice_ray.config import Scale
 from spice_ray.contracts import ENCODER, JOINT, Progress, Wrap
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation
@@ -16,6 +19,7 @@ from spice_ray.core.heads import ClusterHead
 from spice_ray.core.joint import JointModel
 from spice_ray.core.lanes import Lanes, Stream, serve, shuffle_window
 from spice_ray.core.order import stream_key, with_replacement
+from spice_ray.errors import ResourceError
 from spice_ray.runtime.data import Shards, open_lanes
 from spice_ray.runtime.memory import Budget
 from spice_ray.runtime.reliable import read_reliable
@@ -72,6 +76,23 @@ class Host:
     """What the worker may hold of them."""
     accumulate: int = 1
     """Parts that it computes a batch in."""
+    compiled: bool = False
+    """Whether torch compiles the encoders."""
+
+
+def may_compile(scale: Scale) -> bool:
+    """Whether encoders are compiled.
+
+    Raises:
+        ResourceError: They should be, and this node has no compiler.
+    """
+    names = (os.environ.get("CXX"), "g++", "clang++")
+    if scale.compile and not any(name and shutil.which(name) for name in names):
+        raise ResourceError(
+            "scale.compile=true needs a C++ compiler on every node and this one has none; install g++ there, or leave "
+            "scale.compile out"
+        )
+    return scale.compile
 
 
 def augmentation_of(image: Image) -> Augmentation:
@@ -105,6 +126,7 @@ def run_pretrain(job: PretrainJob, host: Host) -> None:
             wrap=host.wrap,
             progress=host.progress,
             accumulate=host.accumulate,
+            compiled=host.compiled,
         )
 
     def write(folder: Path) -> dict[str, Any]:
@@ -140,6 +162,7 @@ def run_joint(job: JointJob, host: Host) -> None:
             wrap=host.wrap,
             progress=host.progress,
             accumulate=host.accumulate,
+            compiled=host.compiled,
         )
     if collectives.rank() == 0:
         publish_joint(job, trained, skipped=None)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spice_ray.core import collectives
 from spice_ray.core.byol import PredictingEncoder, prediction_loss
@@ -34,6 +34,11 @@ class Contrast(Protocol):
 
     query: ProjectedEncoder | PredictingEncoder
     """What is trained: gives unit rows."""
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """All that compute in a step."""
+        ...
 
     def directions(self, step: int, total: int, first: Tensor, second: Tensor) -> list[Direction]:
         """What to train on two views, (b * L, 3, S, S) each; the loss is the sum of the directions'."""
@@ -84,6 +89,11 @@ class MoCo:
         self.momentum_encoder = MomentumEncoder(self.query, parts)
         self.queue = KeyQueue(settings.queue_size, settings.projection_dim, stream_key(seed, "queue"), device)
         self.new_keys: list[Tensor] = []
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The query and the momentum encoder."""
+        return [self.query, self.momentum_encoder.model]
 
     def directions(self, step: int, total: int, first: Tensor, second: Tensor) -> list[Direction]:
         """The first view's queries look for the second's keys, and the other way round where the loss is symmetric."""
@@ -139,6 +149,11 @@ class Byol:
         self.query: ProjectedEncoder | PredictingEncoder = predicting
         self.momentum_encoder = MomentumEncoder(predicting, parts)
 
+    @property
+    def models(self) -> list[nn.Module]:
+        """The query and the momentum encoder."""
+        return [self.query, self.momentum_encoder.model]
+
     def directions(self, step: int, total: int, first: Tensor, second: Tensor) -> list[Direction]:
         """Each view's prediction meets the other's projection."""
         assert self.settings.momentum is not None
@@ -174,6 +189,11 @@ class SimClr:
     def __init__(self, settings: Pretrain, parts: Parts, seed: int, device: torch.device) -> None:
         self.settings, self.parts = settings, parts
         self.query: ProjectedEncoder | PredictingEncoder = _projected_encoder(settings, seed).to(device)
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The query."""
+        return [self.query]
 
     def directions(self, step: int, total: int, first: Tensor, second: Tensor) -> list[Direction]:
         """Both views meet each other."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from spice_ray.contracts import Batch, Health, Progress, Wrap
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation
-from spice_ray.core.encoders import Encoder
+from spice_ray.core.encoders import Encoder, compile_encoders
 from spice_ray.core.health import measure_health, why_collapsed
 from spice_ray.core.lanes import Lanes
 from spice_ray.core.moco import cosine
@@ -31,6 +31,7 @@ def pretrain(
     wrap: Wrap,
     progress: Progress,
     accumulate: int = 1,
+    compiled: bool = False,
 ) -> Encoder:
     """Train an encoder so that two views of an image are told from other images by their projections.
 
@@ -45,6 +46,7 @@ def pretrain(
         progress: Where to go on from, and whom to tell.
         accumulate: Parts of whole lanes that each batch is computed in, with the same result; a divisor of the lanes.
             SimCLR, where every row meets every other, computes whole batches.
+        compiled: Whether torch compiles the encoders.
 
     Returns:
         The query encoder, equal on all workers.
@@ -54,6 +56,8 @@ def pretrain(
     """
     parts = Parts(lanes.num_lanes, 1 if settings.loss == "simclr" else accumulate)
     trainer = _Trainer(settings, parts, augmentation, seed, device, wrap)
+    if compiled:
+        trainer.compile()
     start = trainer.restore(progress.restore())
     steps_per_epoch = num_images // settings.batch_size
     total = settings.epochs * steps_per_epoch
@@ -98,6 +102,11 @@ class _Trainer:
         self.last: tuple[Tensor, Tensor]
         """Unit rows of the two views of the last step, (b * L, P) each."""
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+
+    def compile(self) -> None:
+        """Have torch compile all encoders before the first step."""
+        for model in self.contrast.models:
+            compile_encoders(model)
 
     def step(self, step: int, total: int, batch: Batch) -> Tensor:
         """One optimiser step, by the sum of the directions' losses; gives their mean over the global batch."""

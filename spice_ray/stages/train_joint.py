@@ -9,6 +9,7 @@ from torch import Tensor
 from spice_ray.contracts import Batch, Progress, Wrap
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation
+from spice_ray.core.encoders import compile_encoders
 from spice_ray.core.joint import (
     JointModel,
     agreeing_share,
@@ -47,6 +48,7 @@ def train_joint(
     wrap: Wrap,
     progress: Progress,
     accumulate: int = 1,
+    compiled: bool = False,
 ) -> TrainedJoint:
     """Train a classifier on reliable pseudo-labels, and on its own confident predictions of all images.
 
@@ -63,11 +65,14 @@ def train_joint(
         wrap: Makes a module train data-parallel.
         progress: Where to go on from, and whom to tell.
         accumulate: Parts of whole lanes that each batch is computed in, with the same result; a divisor of the lanes.
+        compiled: Whether torch compiles the encoder.
 
     Returns:
         The model, equal on all workers, and after how many steps.
     """
     trainer = _FixMatch(settings, model, Parts(labelled.num_lanes, accumulate), augmentation, seed, device, wrap)
+    if compiled:
+        compile_encoders(trainer.bare)
     labels, weights = labels.to(device), weights.to(device)
     step, total = trainer.restore(progress.restore()), settings.steps
     while step < total and not trainer.is_over:

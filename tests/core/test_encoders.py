@@ -194,3 +194,33 @@ def test_running_statistics_of_a_batch_in_parts_are_those_of_the_whole(parts):
             normalise(in_parts, rows[:, part].flatten(0, 1))
     for name, value in in_parts.state_dict().items():
         torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_all_lanes_at_once_are_lanes_one_by_one(parts):
+    apart, at_once = lane_norm(LANES), lane_norm(LANES)
+    for step in range(3):
+        for part in range(parts):
+            set_lanes(apart, LANES, part, parts)
+            set_lanes(at_once, LANES, part, parts)
+            rows = encoders.lane_after_lane(interleaved() + step + part, LANES)
+            inputs = [rows.clone().requires_grad_(), rows.clone().requires_grad_()]
+            found, expected = at_once.all_at_once(inputs[0]), apart.one_by_one(inputs[1])
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            weights = torch.linspace(-1, 1, found.numel()).view_as(found)
+            for result in (found, expected):
+                (result * weights).sum().backward()
+            torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-5)
+    for name, value in at_once.state_dict().items():
+        torch.testing.assert_close(value, apart.state_dict()[name], rtol=1e-5, atol=1e-6)
+    for found, expected in zip(at_once.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_all_lanes_at_once_take_half_precision_and_keep_the_layout_of_memory():
+    x = encoders.lane_after_lane(interleaved(), LANES).to(torch.bfloat16, memory_format=torch.channels_last)
+    found = lane_norm(LANES).all_at_once(x)
+    assert found.dtype == torch.bfloat16
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    expected = lane_norm(LANES).double().one_by_one(x.double())
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=2**-8)

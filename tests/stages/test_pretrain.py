@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from spice_ray.contracts import Health
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation
-from spice_ray.core.encoders import build_encoder
+from spice_ray.core.encoders import LaneBatchNorm2d, build_encoder
 from spice_ray.core.lanes import ResidentLanes, Stream
 from spice_ray.core.moco import ProjectedEncoder, cosine
 from spice_ray.core.order import stream_key
@@ -110,7 +110,7 @@ def wrap(module):
     return DistributedDataParallel(module, broadcast_buffers=False)
 
 
-def train(case: str, recorder: Recorder, accumulate: int = 1) -> dict[str, Any]:
+def train(case: str, recorder: Recorder, accumulate: int = 1, *, compiled: bool = False) -> dict[str, Any]:
     family, changes = CASES[case]
     encoder = pretrain(
         settings(**changes),
@@ -122,6 +122,7 @@ def train(case: str, recorder: Recorder, accumulate: int = 1) -> dict[str, Any]:
         wrap=recorder.wrap,
         progress=recorder,
         accumulate=accumulate,
+        compiled=compiled,
     )
     found = {"losses": recorder.losses, "health": recorder.health, "gradient": recorder.gradient}
     return {**found, "encoder": encoder.state_dict()}
@@ -185,6 +186,15 @@ def assert_same_training(found: dict[str, Any], expected: dict[str, Any]) -> Non
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_gives_the_losses_and_the_encoder_of_a_whole_one(results, case, parts):
     assert_same_training(train(case, Recorder(), accumulate=parts), results[1][0][case])
+
+
+@pytest.mark.parametrize(("case", "parts"), [("natural", 1), pytest.param("digits", 2, marks=pytest.mark.faults)])
+def test_compiled_encoders_give_the_losses_and_the_encoder_of_plain_ones(results, case, parts, monkeypatch):
+    def refuse(norm: LaneBatchNorm2d, x: Tensor) -> Tensor:
+        raise AssertionError("an encoder was not compiled")
+
+    monkeypatch.setattr(LaneBatchNorm2d, "one_by_one", refuse)
+    assert_same_training(train(case, Recorder(), parts, compiled=True), results[1][0][case])
 
 
 @pytest.mark.parametrize("case", IN_PARTS)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation
-from spice_ray.core.encoders import build_encoder
+from spice_ray.core.encoders import LaneBatchNorm2d, build_encoder
 from spice_ray.core.heads import ClusterHead
 from spice_ray.core.joint import JointModel
 from spice_ray.core.lanes import ResidentLanes, Stream
@@ -97,7 +97,7 @@ def wrap(module):
     return DistributedDataParallel(module, broadcast_buffers=False)
 
 
-def train(joint: Joint, family: str, recorder: Recorder, accumulate: int = 1) -> JointModel:
+def train(joint: Joint, family: str, recorder: Recorder, accumulate: int = 1, *, compiled: bool = False) -> JointModel:
     labelled, unlabelled = streams(joint.lanes)
     trained = train_joint(
         joint,
@@ -112,14 +112,15 @@ def train(joint: Joint, family: str, recorder: Recorder, accumulate: int = 1) ->
         wrap=wrap,
         progress=recorder,
         accumulate=accumulate,
+        compiled=compiled,
     )
     assert trained.steps == STEPS
     return trained.model
 
 
-def train_case(case: str, recorder: Recorder, accumulate: int = 1) -> dict[str, Any]:
+def train_case(case: str, recorder: Recorder, accumulate: int = 1, *, compiled: bool = False) -> dict[str, Any]:
     family, one_pass = CASES[case]
-    model = train(settings(one_pass=one_pass), family, recorder, accumulate)
+    model = train(settings(one_pass=one_pass), family, recorder, accumulate, compiled=compiled)
     return {"losses": recorder.losses, "model": model.state_dict()}
 
 
@@ -194,6 +195,15 @@ def test_batches_in_parts_give_the_losses_and_the_model_of_whole_ones(results, c
 @pytest.mark.parametrize("case", CASES)
 def test_two_workers_with_batches_in_parts_give_the_losses_and_the_model_of_one(results, case):
     assert_same_training(results[2][0][f"{case} in parts"], results[1][0][case])
+
+
+@pytest.mark.parametrize("case", ["digits", pytest.param("natural", marks=pytest.mark.faults)])
+def test_a_compiled_encoder_gives_the_losses_and_the_model_of_a_plain_one(results, case, monkeypatch):
+    def refuse(norm: LaneBatchNorm2d, x: Tensor) -> Tensor:
+        raise AssertionError("the encoder was not compiled")
+
+    monkeypatch.setattr(LaneBatchNorm2d, "one_by_one", refuse)
+    assert_same_training(train_case(case, Recorder(), compiled=True), results[1][0][case])
 
 
 @pytest.mark.parametrize("case", CASES)
