@@ -26,6 +26,7 @@ from spice_ray.core.prototypes import (
     prototypes,
     quotas_of,
 )
+from spice_ray.core.recording import RecordedStep
 from spice_ray.core.unsupervised_loss import BLOCK_ROWS, new_table, unsupervised_loss
 from spice_ray.errors import TrainingError
 from spice_ray.settings import Heads
@@ -129,6 +130,8 @@ class _Group:
         self._starts = None if starts is None else [start.to(features.device) for start in starts]
         self._stack = HeadStack(heads).to(features.device)
         self._optimizer = torch.optim.Adam(self._stack.parameters(), lr=settings.lr, fused=True)
+        self._allow_recording()
+        self._fit_batch = RecordedStep(self._fit_as_it_stands, features.device)
         self._losses: list[list[float]] = [[] for _ in indices]
         self._best: list[dict[str, Tensor]] = [{} for _ in indices]
 
@@ -147,6 +150,7 @@ class _Group:
     def load(self, state: dict[str, Any]) -> None:
         self._stack.load_state_dict(state["stack"])
         self._optimizer.load_state_dict(state["optimizer"])
+        self._allow_recording()
         self._losses, self._best = state["losses"], state["best"]
 
     def train_epoch(self) -> None:
@@ -162,12 +166,22 @@ class _Group:
                 for teacher, own in zip(teachers, rows, strict=True)
             ]
             round_keys = [stream_key(self._seed, *key, number) for key in keys]
-            fit_round(self._stack, self._optimizer, self._features, rows, pseudo, self._settings, round_keys)
+            fit_round(self._fit_batch, self._features, rows, pseudo, self._settings, round_keys)
         for place in range(len(self._indices)):
             self._judge(place)
 
     def trained(self) -> list[TrainedHead]:
         return [self._trained(place) for place in range(len(self._indices))]
+
+    def _allow_recording(self) -> None:
+        """Adam's own counter, too, has to be on the GPU."""
+        for group in self._optimizer.param_groups:
+            group["capturable"] = self._features.device.type == "cuda"
+
+    def _fit_as_it_stands(self, pooled: Tensor, labels: Tensor) -> None:
+        """One optimiser step of each head, on its features, (H, B, D), and labels, (H, B)."""
+        self._stack.differentiate(pooled, partial(loss_gradient, labels=labels, settings=self._settings))
+        self._optimizer.step()
 
     def _classify(self, place: int) -> Classify:
         return lambda pooled: self._stack.logits_of(place, pooled)
@@ -212,8 +226,7 @@ def label_round(
 
 
 def fit_round(
-    stack: HeadStack,
-    optimizer: torch.optim.Optimizer,
+    fit_batch: Callable[[Tensor, Tensor], None],
     features: Features,
     rows: Sequence[NDArray[np.int64]],
     pseudo: Sequence[PseudoLabels],
@@ -223,8 +236,7 @@ def fit_round(
     """M-step: ``repeats`` passes over the pseudo-labelled rows, each on one of the strong views.
 
     Args:
-        stack: H heads.
-        optimizer: Of the stack.
+        fit_batch: Makes a step of H heads on features, (H, B, D), and labels, int64, (H, B).
         features: The shared bank.
         rows: For each head the rows of the bank in this round, int64, (M,).
         pseudo: For each head the labels of this round, equally many.
@@ -237,8 +249,7 @@ def fit_round(
         for batch in zip(
             pooled.split(settings.batch_size, dim=1), labels.split(settings.batch_size, dim=1), strict=True
         ):
-            stack.differentiate(batch[0], partial(loss_gradient, labels=batch[1], settings=settings))
-            optimizer.step()
+            fit_batch(*batch)
 
 
 @torch.no_grad()
