@@ -154,6 +154,21 @@ def report(
 
 
 @app.command()
+def export(
+    run: Annotated[
+        Path, typer.Argument(parser=path_of, metavar="RUN", help="A finished run folder, or that of a sweep, or a URL.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(parser=path_of, metavar="FILE", help="RUN/classifier.pt2 unless given.")
+    ] = None,
+) -> None:
+    """Write the classifier of a run as one file, which torch alone can load."""
+    from spice_ray.export import export as write
+
+    typer.echo(shown(write(run, out)))
+
+
+@app.command()
 def settings(
     name: Annotated[str | None, typer.Argument(help="A setting such as joint.confidence, or a section.")] = None,
 ) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from spice_ray import workflow
 from spice_ray.errors import ConfigError, DataError, StorageError
+from spice_ray.export import export
 from spice_ray.recipe import load_recipe
 from spice_ray.runtime.progress import SilentReporter
 from tests.end_to_end.small_runs import NUM_IMAGES, Corpus
@@ -73,6 +75,9 @@ def test_embeddings_go_to_the_clusters_of_a_run_on_embeddings(finished: Path, tm
 
     predict(run, tmp_path / "new.npy", tmp_path / "out")
     assert by_row(tmp_path / "out" / "assignments.parquet") == by_row(run / "assignments.parquet")[::-1]
+    classify = torch.export.load(export(run)).module()
+    clusters = classify(torch.from_numpy(np.load(tmp_path / "new.npy"))).argmax(dim=1)
+    assert clusters.tolist() == by_row(tmp_path / "out" / "assignments.parquet")
     np.save(tmp_path / "wide.npy", np.ones((5, 9), np.float32))
     with pytest.raises(
         DataError, match=r"have 9 numbers each and those of the run have 8; give embeddings of the same"
