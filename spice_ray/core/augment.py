@@ -47,6 +47,15 @@ DIGITS_STRONG = WarpRange(degrees=12, log_scale=0.15, shear=0.25, shift=0.05)
 DIGITS_WEAK = WarpRange(degrees=7, log_scale=0.06, shear=0.05, shift=0.06)
 
 
+MakeView = Callable[[Tensor, Tensor], Tensor]
+"""From images, uint8, (B, 3, S, S), and their draws, int64, (B,), to views."""
+
+
+def view_maker(make: Callable[[Tensor, Tensor, int], Tensor], key: int) -> MakeView:
+    """What makes the views of one key."""
+    return lambda images, draws: make(images, draws, key)
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """The views of one recipe; ``mean`` and ``std`` are per channel, of values in [0, 1].

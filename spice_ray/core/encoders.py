@@ -118,6 +118,11 @@ class Encoder(OfLanes, nn.Module):
 
 def compile_encoders(model: nn.Module) -> None:
     """Let torch compile the encoders in ``model`` when they first compute, for as long as they are not copied."""
+    from torch._dynamo import config as dynamo_config  # seconds of import
+
+    # One for each part of a batch, with and without gradient.
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _COMPILED_AT_MOST)
+    dynamo_config.optimize_ddp = False  # it would cut encoders to pieces for the sake of earlier messages
     for module in model.modules():
         if isinstance(module, Encoder):
             module.compile(dynamic=False)
@@ -188,6 +193,7 @@ def wide_resnet(widen: int, strides: tuple[int, ...]) -> Encoder:
 
 
 _BLOCKS_PER_GROUP = 4
+_COMPILED_AT_MOST = 64
 _BUILDERS: dict[str, Callable[[], Encoder]] = {
     "convnet": convnet,
     "resnet18_small": lambda: resnet("resnet18", "small"),

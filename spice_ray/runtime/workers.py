@@ -1,7 +1,9 @@
 """What a training worker of stage 1 or 3 does, whoever hosts it: Ray Train, or a trial of a sweep."""
 
 import os
+import platform
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -86,13 +88,28 @@ def may_compile(scale: Scale) -> bool:
     Raises:
         ResourceError: They should be, and this node has no compiler.
     """
-    names = (os.environ.get("CXX"), "g++", "clang++")
-    if scale.compile and not any(name and shutil.which(name) for name in names):
+    if not scale.compile:
+        return False
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    missing = [
+        what
+        for what, is_there in {
+            "a C compiler": _has_program(os.environ.get("CC"), "gcc", "clang"),
+            "a C++ compiler": _has_program(os.environ.get("CXX"), "g++", "clang++"),
+            f"Python's headers ({headers})": headers.exists(),
+        }.items()
+        if not is_there
+    ]
+    if missing:
         raise ResourceError(
-            "scale.compile=true needs a C++ compiler on every node and this one has none; install g++ there, or leave "
-            "scale.compile out"
+            f"scale.compile=true needs {' and '.join(missing)} on every node and {platform.node()} has none; install "
+            "gcc, g++ and python3-dev there, or leave scale.compile out"
         )
-    return scale.compile
+    return True
+
+
+def _has_program(*names: str | None) -> bool:
+    return any(name is not None and shutil.which(name) is not None for name in names)
 
 
 def augmentation_of(image: Image) -> Augmentation:

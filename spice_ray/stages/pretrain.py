@@ -7,12 +7,13 @@ from torch import Tensor
 
 from spice_ray.contracts import Batch, Health, Progress, Wrap
 from spice_ray.core import collectives
-from spice_ray.core.augment import Augmentation
+from spice_ray.core.augment import Augmentation, MakeView, view_maker
 from spice_ray.core.encoders import Encoder, compile_encoders
 from spice_ray.core.health import measure_health, why_collapsed
 from spice_ray.core.lanes import Lanes
 from spice_ray.core.moco import cosine
 from spice_ray.core.order import stream_key
+from spice_ray.core.recorded import Recorded
 from spice_ray.errors import TrainingError
 from spice_ray.settings import Pretrain
 from spice_ray.stages.accumulation import Parts, exchange
@@ -90,7 +91,10 @@ class _Trainer:
     def __init__(
         self, settings: Pretrain, parts: Parts, augmentation: Augmentation, seed: int, device: torch.device, wrap: Wrap
     ) -> None:
-        self.settings, self.parts, self.augmentation, self.seed = settings, parts, augmentation, seed
+        self.settings, self.parts, self.device = settings, parts, device
+        self.make_views: list[MakeView] = [
+            view_maker(augmentation.contrastive, stream_key(seed, "pretrain", view)) for view in (0, 1)
+        ]
         self.contrast = CONTRASTS[settings.loss](settings, parts, seed, device)
         self.query = self.contrast.query
         self.model = wrap(self.query)
@@ -104,16 +108,14 @@ class _Trainer:
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
     def compile(self) -> None:
-        """Have torch compile all encoders before the first step."""
+        """Have torch compile all encoders, and record how views are made, before the first step."""
         for model in self.contrast.models:
             compile_encoders(model)
+        self.make_views = [Recorded(make, self.device) for make in self.make_views]
 
     def step(self, step: int, total: int, batch: Batch) -> Tensor:
         """One optimiser step, by the sum of the directions' losses; gives their mean over the global batch."""
-        first, second = (
-            self.augmentation.contrastive(batch.images, batch.draws, stream_key(self.seed, "pretrain", view))
-            for view in (0, 1)
-        )
+        first, second = (make(batch.images, batch.draws) for make in self.make_views)
         with self.autocast:
             directions = self.contrast.directions(step, total, first, second)
         self.optimizer.zero_grad(set_to_none=True)

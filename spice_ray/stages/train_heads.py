@@ -26,7 +26,7 @@ from spice_ray.core.prototypes import (
     prototypes,
     quotas_of,
 )
-from spice_ray.core.recording import RecordedStep
+from spice_ray.core.recorded import Recorded
 from spice_ray.core.unsupervised_loss import BLOCK_ROWS, new_table, unsupervised_loss
 from spice_ray.errors import TrainingError
 from spice_ray.settings import Heads
@@ -131,7 +131,8 @@ class _Group:
         self._stack = HeadStack(heads).to(features.device)
         self._optimizer = torch.optim.Adam(self._stack.parameters(), lr=settings.lr, fused=True)
         self._allow_recording()
-        self._fit_batch = RecordedStep(self._fit_as_it_stands, features.device)
+        fit_batch = partial(_fit_batch, self._stack, self._optimizer, settings)
+        self._fit_batch = Recorded(fit_batch, features.device)
         self._losses: list[list[float]] = [[] for _ in indices]
         self._best: list[dict[str, Tensor]] = [{} for _ in indices]
 
@@ -178,11 +179,6 @@ class _Group:
         for group in self._optimizer.param_groups:
             group["capturable"] = self._features.device.type == "cuda"
 
-    def _fit_as_it_stands(self, pooled: Tensor, labels: Tensor) -> None:
-        """One optimiser step of each head, on its features, (H, B, D), and labels, (H, B)."""
-        self._stack.differentiate(pooled, partial(loss_gradient, labels=labels, settings=self._settings))
-        self._optimizer.step()
-
     def _classify(self, place: int) -> Classify:
         return lambda pooled: self._stack.logits_of(place, pooled)
 
@@ -206,6 +202,14 @@ class _Group:
             )
         loss = min(loss for loss in losses if not math.isnan(loss))
         return TrainedHead(self._best[place], loss, losses.index(loss), losses)
+
+
+def _fit_batch(
+    stack: HeadStack, optimizer: torch.optim.Optimizer, settings: Heads, pooled: Tensor, labels: Tensor
+) -> None:
+    """One optimiser step of each head, on its features, (H, B, D), and labels, int64, (H, B)."""
+    stack.differentiate(pooled, partial(loss_gradient, labels=labels, settings=settings))
+    optimizer.step()
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spice_ray.contracts import Batch, Progress, Wrap
 from spice_ray.core import collectives
-from spice_ray.core.augment import Augmentation
+from spice_ray.core.augment import Augmentation, MakeView, view_maker
 from spice_ray.core.encoders import compile_encoders
 from spice_ray.core.joint import (
     JointModel,
@@ -20,6 +20,7 @@ from spice_ray.core.joint import (
 )
 from spice_ray.core.lanes import Lanes
 from spice_ray.core.order import stream_key
+from spice_ray.core.recorded import Recorded
 from spice_ray.settings import Joint
 from spice_ray.stages.accumulation import Parts, exchange
 from spice_ray.stages.optimizers import build_optimizer, set_lr
@@ -72,7 +73,7 @@ def train_joint(
     """
     trainer = _FixMatch(settings, model, Parts(labelled.num_lanes, accumulate), augmentation, seed, device, wrap)
     if compiled:
-        compile_encoders(trainer.bare)
+        trainer.compile()
     labels, weights = labels.to(device), weights.to(device)
     step, total = trainer.restore(progress.restore()), settings.steps
     while step < total and not trainer.is_over:
@@ -99,7 +100,7 @@ class _FixMatch:
         device: torch.device,
         wrap: Wrap,
     ) -> None:
-        self.settings, self.parts, self.augmentation = settings, parts, augmentation
+        self.settings, self.parts, self.device = settings, parts, device
         self.bare = model.to(device)
         self.ema = copy.deepcopy(self.bare).requires_grad_(False)
         self.model = wrap(self.bare)
@@ -108,18 +109,25 @@ class _FixMatch:
         )
         self.plateau = None if settings.patience is None else Plateau(settings.patience, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-        self.keys = {name: stream_key(seed, "joint", name) for name in ("labelled", "weak", "strong")}
+        makers = {"labelled": augmentation.weak, "weak": augmentation.weak, "strong": augmentation.strong}
+        self.make_views: dict[str, MakeView] = {
+            name: view_maker(make, stream_key(seed, "joint", name)) for name, make in makers.items()
+        }
 
     @property
     def is_over(self) -> bool:
         """Whether there is nothing more to gain."""
         return self.plateau is not None and self.plateau.is_over
 
+    def compile(self) -> None:
+        """Have torch compile the encoder, and record how views are made, before the first step."""
+        compile_encoders(self.bare)
+        self.make_views = {name: Recorded(make, self.device) for name, make in self.make_views.items()}
+
     def step(self, number: int, known: Batch, labels: Tensor, weights: Tensor, unknown: Batch) -> Tensor:
         """Optimiser step ``number``, counted from 1; gives the global batch's mean loss."""
-        labelled = self.augmentation.weak(known.images, known.draws, self.keys["labelled"])
-        weak = self.augmentation.weak(unknown.images, unknown.draws, self.keys["weak"])
-        strong = self.augmentation.strong(unknown.images, unknown.draws, self.keys["strong"])
+        labelled = self.make_views["labelled"](known.images, known.draws)
+        weak, strong = (self.make_views[name](unknown.images, unknown.draws) for name in ("weak", "strong"))
         self.optimizer.zero_grad(set_to_none=True)
         figures = self.learn(labelled, labels, weights, weak, strong)
         self.optimizer.step()

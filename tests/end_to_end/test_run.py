@@ -133,12 +133,13 @@ def forget(run: Path, *kinds: str) -> None:
 
 
 @pytest.mark.faults
-def test_two_workers_compute_in_parts_what_one_does_at_once(copied: Path, corpus: Corpus) -> None:
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_two_workers_compute_in_parts_what_one_does_at_once(copied: Path, corpus: Corpus, compiled: str) -> None:
     expected, alone = {stage: losses(copied, stage) for stage in ("encoder", "joint")}, clusters(copied)
     # Stage 3 from the same stages 1 and 2, and then stage 1.
     for stage, *kinds in (("joint", "joint", "assignments"), ("encoder", "encoder")):
         forget(copied, *kinds)
-        cluster(corpus.parquet, copied, "scale.workers=2", "scale.accumulate=2")
+        cluster(corpus.parquet, copied, "scale.workers=2", "scale.accumulate=2", f"scale.compile={compiled}")
         assert losses(copied, stage)[:20] == pytest.approx(expected[stage][:20], rel=1e-4)
     assert adjusted_rand_score(clusters(copied), alone) > 0.9
 

@@ -67,14 +67,23 @@ def test_a_host_that_compiles_has_both_encoders_compiled(local_ray: None, tmp_pa
 
 def test_a_node_without_a_compiler_is_told_of_where_encoders_are_to_be_compiled(tmp_path: Path, monkeypatch) -> None:
     assert not may_compile(Scale())
-    (tmp_path / "c++").touch(0o755)
+    headers = tmp_path / "include"
+    headers.mkdir()
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(headers)})
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
     assert not may_compile(Scale())
-    with pytest.raises(ResourceError, match="needs a C\\+\\+ compiler on every node"):
-        may_compile(Scale(compile=True))
+    asked = Scale(compile=True)
+    with pytest.raises(ResourceError, match=r"needs a C compiler and a C\+\+ compiler and Python's headers \(.*\) on"):
+        may_compile(asked)
+    for name in ("gcc", "c++"):
+        (tmp_path / name).touch(0o755)
+    (headers / "Python.h").touch()
+    with pytest.raises(ResourceError, match=r"needs a C\+\+ compiler on every node"):
+        may_compile(asked)
     monkeypatch.setenv("CXX", "c++")
-    assert may_compile(Scale(compile=True))
+    assert may_compile(asked)
 
 
 @pytest.mark.parametrize("step", [10, 37])

@@ -1,10 +1,11 @@
-"""Recorded steps are the steps themselves."""
+"""What is recorded gives what it gave as it stood."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from spice_ray.core.recording import RecordedStep
+from spice_ray.core.augment import Augmentation, view_maker
+from spice_ray.core.recorded import Recorded
 
 ROWS = [4, 4, 3, 4, 4, 3, 4, 3, 4, 3, 4]
 """Of the batches of some passes: two shapes, each met more often than it takes to record it."""
@@ -34,7 +35,7 @@ def batches(device: torch.device) -> list[tuple[Tensor, Tensor]]:
 
 def trained(device: torch.device, *, recorded: bool) -> Training:
     training = Training(device)
-    step = RecordedStep(training.step, device) if recorded else training.step
+    step = Recorded(training.step, device) if recorded else training.step
     for batch in batches(device):
         step(*batch)
     return training
@@ -54,3 +55,16 @@ def test_recorded_steps_are_those_that_stand_for_themselves():
     found, expected = trained(gpu, recorded=True), trained(gpu, recorded=False)
     assert found.calls == 2 * 3  # of each shape twice as it stands, and once to record it
     assert torch.equal(found.weights, expected.weights)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("make", ["contrastive", "weak", "strong"])
+def test_recorded_views_are_those_made_as_they_stand(make):
+    augmentation, gpu = Augmentation("natural", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), torch.device("cuda")
+    as_it_stands = view_maker(getattr(augmentation, make), 7)
+    recorded = Recorded(as_it_stands, gpu)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(5):
+        images = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8, generator=generator).to(gpu)
+        draws = torch.arange(16 * step, 16 * (step + 1), device=gpu)
+        assert torch.equal(recorded(images, draws), as_it_stands(images, draws))
