@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from spice_ray import workflow
+from spice_ray import intake, prediction, workflow
 from spice_ray.console import ConsoleReporter, probe_table, reuse_table, scores_table, seconds_table, trials_table
 from spice_ray.errors import DataError, SpiceError
 from spice_ray.mirror import local, path_of, shown
-from spice_ray.recipe import load_recipe, recipe_names
+from spice_ray.recipe import load_recipe, read_scale, recipe_names
 from spice_ray.sweep import load_sweep
 
 
@@ -112,9 +112,9 @@ def ingest(
     verbose: Verbose = False,
 ) -> None:
     """Decode images once into shards that any number of runs can share."""
-    scale = workflow.read_scale(overrides or [], "is no setting of shards")
-    found = workflow.open_source(source, labels_from_folders)
-    shards = workflow.ingest(found, out, scale, image_size=size, seed=seed, reporter=ConsoleReporter(), verbose=verbose)
+    scale = read_scale(overrides or [], "is no setting of shards")
+    found = intake.open_source(source, labels_from_folders)
+    shards = intake.ingest(found, out, scale, image_size=size, seed=seed, reporter=ConsoleReporter(), verbose=verbose)
     unit = "embeddings" if found.kind == "embeddings" else "images"
     rejected = shards.manifest["num_rejects"]
     typer.echo(f"{shards.manifest['num_images']} {unit} in {shown(shards.path)}, {rejected} rejected")
@@ -192,7 +192,7 @@ def predict(
     verbose: Verbose = False,
 ) -> None:
     """Classify new images by a finished run, into its clusters."""
-    table = workflow.predict(run, data, out, overrides or [], ConsoleReporter(), verbose=verbose)
+    table = prediction.predict(run, data, out, overrides or [], ConsoleReporter(), verbose=verbose)
     sizes = ", ".join(f"{cluster}: {count}" for cluster, count in enumerate(table.manifest["cluster_sizes"]))
     typer.echo(f"cluster sizes: {sizes}")
     typer.echo(f"assignments: {shown(out / 'assignments.parquet')}")

@@ -86,6 +86,26 @@ def parse_override(text: str) -> tuple[str, Any]:
         ) from None
 
 
+def read_scale(overrides: list[str], of_others: str) -> Scale:
+    """Settings of ``scale``, where no other can be given.
+
+    Args:
+        overrides: Such as ``scale.gpus_per_worker=1``.
+        of_others: Why another setting cannot be given, such as "is settled by the run".
+
+    Raises:
+        ConfigError: There is another, or a value that cannot be used.
+    """
+    settings: dict[str, Any] = {}
+    for override in overrides:
+        key, value = parse_override(override)
+        if not key.startswith("scale."):
+            raise ConfigError(f"{key} {of_others}; only settings of scale can be given here")
+        check_key(key, setting_keys())
+        settings = with_value(settings, key, value)
+    return check_scale(settings.get("scale", {}))
+
+
 def with_value(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """A copy of ``values`` with the dotted ``key`` set.
 

@@ -1,4 +1,4 @@
-"""What the command line, the jobs and the Python interface do: check first, then start Ray, then run."""
+"""Runs and sweeps, as the command line, the jobs and Python ask for them: check first, then start Ray, then run."""
 
 import json
 import os
@@ -7,35 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spice_ray import mirror
-from spice_ray.config import ImageRecipe, Recipe, Scale
-from spice_ray.contracts import HEADS, JOINT
-from spice_ray.errors import ConfigError, DamagedError, DataError, SpiceError, StorageError
+from spice_ray.config import ImageRecipe, Recipe
+from spice_ray.errors import ConfigError, DamagedError, SpiceError
 from spice_ray.image_counts import check_count
-from spice_ray.recipe import (
-    check_key,
-    check_recipe,
-    check_scale,
-    load_recipe,
-    parse_override,
-    setting_keys,
-    with_value,
-)
+from spice_ray.intake import ingest_into, open_shards_at, open_source, shards_at, shown_source
+from spice_ray.recipe import load_recipe
 from spice_ray.report.sweep import write_sweep_report
-from spice_ray.run_folder import (
-    RunFolder,
-    check_folder,
-    check_held,
-    claim,
-    claim_predictions,
-    lock,
-    owner_of,
-    read_finished,
-    read_record,
-)
+from spice_ray.run_folder import RunFolder, check_folder, check_held, claim, owner_of, read_record
 from spice_ray.runtime.cluster import check_cluster, check_local_cpus, connected, grown, place_of_ray
 from spice_ray.runtime.progress import Reporter
-from spice_ray.shards import check_form, check_kind, check_shards, find_shards, holds_shards, note_ingest
-from spice_ray.storage import Artifact, open_artifact, reporting_disk_errors
+from spice_ray.shards import check_kind, check_shards, find_shards
+from spice_ray.storage import Artifact
 from spice_ray.sweep import Sweep, any_trial, check_trials, refuse_sweep
 
 if TYPE_CHECKING:
@@ -89,18 +71,18 @@ def prepare(
         assert isinstance(recipe, ImageRecipe)  # of other recipes no sweep passes
         check_local_cpus(any_trial(recipe, trials).scale)
     out = Path(os.path.abspath(out))  # workers have working directories of their own
-    path = _shards_of(data)
+    path = shards_at(data)
     if path is not None:
-        shards = _open_shards(path)[0]
-        identity = {"path": _shown(data), "digest": f"{shards.kind}-{shards.fingerprint}"}
+        shards = open_shards_at(path)[0]
+        identity = {"path": shown_source(data), "digest": f"{shards.kind}-{shards.fingerprint}"}
         check_held(out, recipe, identity, base)
         check_shards(recipe, shards)
         return Prepared(claim(out, recipe, identity, base), recipe, None, path)
     source = open_source(data, labels_from_folders)
     if trials is not None and source.kind == "embeddings":
         refuse_sweep()
-    check_kind(recipe, embeddings=source.kind == "embeddings", name=_shown(data))
-    identity = {"path": _shown(data), "digest": f"{source.kind}-{source.listing_digest()}"}
+    check_kind(recipe, embeddings=source.kind == "embeddings", name=shown_source(data))
+    identity = {"path": shown_source(data), "digest": f"{source.kind}-{source.listing_digest()}"}
     check_held(out, recipe, identity, base)
     from spice_ray.readers.rows import count_rows
 
@@ -139,19 +121,6 @@ def _with_labels(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"reliable": recipe.reliable.model_copy(update=found)})
 
 
-def open_source(data: str, labels_from_folders: bool = False) -> "Source":
-    """Find out what ``data`` is, as :func:`spice_ray.readers.source.open_source` does.
-
-    Raises:
-        DataError: There is nothing that can be read.
-    """
-    # Imported here: the readers need Arrow and Pillow, and a wrong setting is refused faster without.
-    from spice_ray.readers.source import open_source as find
-
-    known_by_path = data != "digits" and os.path.exists(data)
-    return find(os.path.abspath(data) if known_by_path else data, labels_from_folders)
-
-
 def run(prepared: Prepared, reporter: Reporter, *, verbose: bool = False) -> Artifact:
     """All stages; gives the assignments.
 
@@ -188,125 +157,6 @@ def sweep(
     write_sweep_report(report, settings, result.rows, result.reuse)
     _report(report.parent, reporter)
     return result
-
-
-def ingest(
-    source: "Source",
-    out: Path,
-    scale: Scale,
-    *,
-    image_size: int | None,
-    seed: int,
-    reporter: Reporter,
-    verbose: bool = False,
-) -> Artifact:
-    """Make image shards, or shards of embeddings, which have no ``image_size``.
-
-    Raises:
-        SpiceError: The source, the size or the folder cannot be used.
-    """
-    check_local_cpus(scale)
-    _check_size(source, image_size)
-    check_folder(out)
-    with reporting_disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        lock(out)
-    note_ingest(out, image_size, seed)
-    with connected(scale, verbose=verbose):
-        return _ingest(source, Path(os.path.abspath(out)), image_size, seed, reporter)[0]
-
-
-def predict(
-    run: Path, data: str, out: Path, overrides: list[str], reporter: Reporter, *, verbose: bool = False
-) -> Artifact:
-    """Classify new images by a finished run; gives the table's artifact, of which ``out`` has a copy.
-
-    Args:
-        run: The folder of a finished run, or of the winner of a sweep.
-        data: Images, or image shards of the run's size, or embeddings where the run is one of embeddings.
-        out: The folder for the table and the shards; the same call goes on where an interrupted one stopped.
-        overrides: Settings of ``scale``.
-        reporter: Shows progress.
-        verbose: Show what Ray says.
-
-    Raises:
-        SpiceError: Something cannot be used.
-    """
-    recipe, model = _finished_model(run, overrides)
-    check_local_cpus(recipe.scale)
-    path = _shards_of(data)
-    found = None if path is None else _open_shards(path)
-    source = open_source(data) if path is None else None
-    if found is not None:
-        check_form(recipe, found[0])
-        _check_width(found[0].manifest.get("embed_dim"), model)
-        digest = f"{found[0].kind}-{found[0].fingerprint}"
-    else:
-        assert source is not None
-        check_kind(recipe, embeddings=source.kind == "embeddings", name=_shown(data))
-        _check_width(getattr(source, "dim", None), model)
-        digest = f"{source.kind}-{source.listing_digest()}"
-    folder = claim_predictions(Path(os.path.abspath(out)), model.fingerprint, {"path": _shown(data), "digest": digest})
-    with connected(recipe.scale, verbose=verbose):
-        from spice_ray.runtime.data import find_left_out, open_shards
-        from spice_ray.runtime.predict import publish_predicted
-        from spice_ray.runtime.progress import Done
-
-        if found is None:
-            assert source is not None
-            size = recipe.image.size if isinstance(recipe, ImageRecipe) else None
-            found = find_shards(folder.artifacts) or _ingest(source, folder.artifacts, size, recipe.seed, reporter)
-        shards = open_shards(found[0], None, find_left_out(found[0], recipe.scale, reporter))
-        with reporter.stage("predictions", "images") as show:
-            table = publish_predicted(
-                folder.artifacts, recipe, model, shards, lambda done, total: show(Done(done, total, None))
-            )
-    folder.publish_table(table, "assignments.parquet")
-    folder.publish_table(found[0], "rejects.parquet")
-    return table
-
-
-def read_scale(overrides: list[str], of_others: str) -> Scale:
-    """Settings of ``scale``, where no other can be given.
-
-    Args:
-        overrides: Such as ``scale.gpus_per_worker=1``.
-        of_others: Why another setting cannot be given, such as "is settled by the run".
-
-    Raises:
-        ConfigError: There is another, or a value that cannot be used.
-    """
-    settings: dict[str, Any] = {}
-    for override in overrides:
-        key, value = parse_override(override)
-        if not key.startswith("scale."):
-            raise ConfigError(f"{key} {of_others}; only settings of scale can be given here")
-        check_key(key, setting_keys())
-        settings = with_value(settings, key, value)
-    return check_scale(settings.get("scale", {}))
-
-
-def _finished_model(run: Path, overrides: list[str]) -> tuple[Recipe, Artifact]:
-    """The recipe of a finished run, with settings of scale, and its classifier, or its heads."""
-    record = read_finished(run)
-    # Lanes, by which a recipe holds its workers, are of no account here.
-    scale = read_scale(overrides, "is settled by the run")
-    recipe = check_recipe(record["recipe"]).model_copy(update={"scale": scale})
-    kind = JOINT if isinstance(recipe, ImageRecipe) else HEADS
-    root = mirror.joined(Path(os.path.abspath(run)), record["artifacts_root"])  # workers may be in other folders
-    model = open_artifact(root, kind, record["artifacts"][kind])
-    if model is None:
-        raise DataError(f"{root} lacks {kind}-{record['artifacts'][kind]}; run the same command again to make it")
-    return recipe, model
-
-
-def _check_width(given: int | None, model: Artifact) -> None:
-    wanted = model.manifest.get("embed_dim")
-    if model.kind == HEADS and given != wanted:
-        raise DataError(
-            f"the embeddings have {given} numbers each and those of the run have {wanted}; give embeddings of the same "
-            "model"
-        )
 
 
 def cluster(
@@ -349,26 +199,6 @@ def cluster(
     return pq.read_table(mirror.local(folder / "assignments.parquet"))
 
 
-def _shown(data: str) -> str:
-    """The source as run.json names it: without the keys that a URL may hold."""
-    from spice_ray.readers.places import is_url, place_of
-    from spice_ray.readers.synset_folders import SUBSETS
-
-    subset, _, folder = data.partition(":")
-    if subset in SUBSETS:
-        return f"{subset}:{_shown(folder)}"
-    return str(place_of(data)) if is_url(data) else data
-
-
-def _check_size(source: "Source", image_size: int | None) -> None:
-    if source.kind == "embeddings" and image_size is not None:
-        raise ConfigError(f"--size={image_size} is for images and these are embeddings; leave it out")
-    if source.kind != "embeddings" and image_size is None:
-        raise ConfigError(
-            "images may be of any size and shards hold one; give it as --size, in pixels, the recipe's image.size"
-        )
-
-
 def _pipeline(prepared: Prepared, reporter: Reporter) -> "Pipeline":
     from spice_ray.runtime.embedding_pipeline import EmbeddingPipeline
     from spice_ray.runtime.image_pipeline import ImagePipeline
@@ -405,7 +235,7 @@ def _report(run: Path, reporter: Reporter) -> None:
 def _shards(prepared: Prepared, reporter: Reporter) -> tuple[Artifact, Artifact | None]:
     if prepared.source is None:
         assert prepared.shards_path is not None
-        return _open_shards(prepared.shards_path)
+        return open_shards_at(prepared.shards_path)
     run, recipe = prepared.run, prepared.recipe
     record = read_record(run.owner)
     found = find_shards(run.artifacts) if "ingested" in record else None
@@ -416,40 +246,7 @@ def _shards(prepared: Prepared, reporter: Reporter) -> tuple[Artifact, Artifact 
 
     with timed(run, "ingest"):
         size = recipe.image.size if isinstance(recipe, ImageRecipe) else None
-        found = _ingest(prepared.source, run.artifacts, size, recipe.seed, reporter)
+        found = ingest_into(prepared.source, run.artifacts, size, recipe.seed, reporter)
     run.publish_table(found[0], "rejects.parquet")
     RunFolder(run.owner, run.artifacts).record(ingested=found[0].fingerprint, labels_read=prepared.source.labels_known)
-    return found
-
-
-def _ingest(
-    source: "Source", root: Path, image_size: int | None, seed: int, reporter: Reporter
-) -> tuple[Artifact, Artifact | None]:
-    from spice_ray.runtime.ingest import ingest as ingest_source
-
-    shards, labels = ingest_source(source, root, image_size=image_size, seed=seed, reporter=reporter)
-    rejected = shards.manifest["num_rejects"]
-    if rejected:
-        unit = "embeddings" if source.kind == "embeddings" else "files"
-        reporter.note(f"{rejected} {unit} could not be read; {shards.path / 'rejects.parquet'} says why")
-    return shards, labels
-
-
-def _shards_of(data: str) -> Path | None:
-    """Where the shards are that ``data`` names; None where it is something else."""
-    if data == "digits":
-        return None
-    try:
-        path = Path(os.path.abspath(mirror.path_of(data)))
-        return path if holds_shards(path) else None
-    except StorageError:  # whoever opens it as a source says what is wrong with it
-        return None
-
-
-def _open_shards(path: Path) -> tuple[Artifact, Artifact | None]:
-    found = find_shards(path)
-    if found is None:
-        raise DataError(
-            f"{path} does not hold exactly one finished set of image shards; ingest into a folder of its own"
-        )
     return found

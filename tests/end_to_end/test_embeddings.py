@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import spice_ray
-from spice_ray import workflow
+from spice_ray import intake, workflow
 from spice_ray.config import Scale
 from spice_ray.core.consensus import consensus
 from spice_ray.errors import ConfigError, DamagedError
@@ -196,8 +196,8 @@ class Damager(SilentReporter):
 
 
 def test_a_part_that_is_damaged_meanwhile_is_named_or_left_out_and_counted(vectors: Path, tmp_path: Path) -> None:
-    source = workflow.open_source(str(vectors))
-    shards = workflow.ingest(
+    source = intake.open_source(str(vectors))
+    shards = intake.ingest(
         source, tmp_path / "shards", Scale(), image_size=None, seed=0, reporter=SilentReporter()
     ).path
     copy = Path(shutil.copytree(shards.parent, tmp_path / "copy"))
@@ -216,8 +216,8 @@ def test_a_part_that_is_damaged_meanwhile_is_named_or_left_out_and_counted(vecto
 
 
 def test_shards_that_are_all_damaged_are_one_sentence(vectors: Path, tmp_path: Path) -> None:
-    source = workflow.open_source(str(vectors))
-    shards = workflow.ingest(
+    source = intake.open_source(str(vectors))
+    shards = intake.ingest(
         source, tmp_path / "shards", Scale(), image_size=None, seed=0, reporter=SilentReporter()
     ).path
     parts = sorted(shards.glob("part-*.parquet"))

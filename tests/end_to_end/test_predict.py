@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from spice_ray import workflow
+from spice_ray import prediction, workflow
 from spice_ray.errors import ConfigError, DataError, StorageError
 from spice_ray.export import export
 from spice_ray.recipe import load_recipe
@@ -21,7 +21,7 @@ JOBS = Path(__file__).parents[2] / "jobs"
 
 
 def predict(run: Path, data: Path, out: Path, *settings: str) -> list[dict[str, object]]:
-    workflow.predict(run, str(data), out, list(settings), SilentReporter())
+    prediction.predict(run, str(data), out, list(settings), SilentReporter())
     return pq.read_table(out / "assignments.parquet").to_pylist()
 
 

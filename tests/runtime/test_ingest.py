@@ -17,7 +17,7 @@ import ray.data
 import torch
 from PIL import Image
 
-from spice_ray import workflow
+from spice_ray import intake
 from spice_ray.config import Scale
 from spice_ray.core.lanes import serve
 from spice_ray.errors import DataError, StorageError
@@ -265,7 +265,7 @@ def test_a_member_that_leads_out_of_its_archive_stops_the_ingest_with_one_senten
             archive.addfile(member, io.BytesIO(png(1)))
     source = open_source(str(tmp_path / "a.tar"))
     with pytest.raises(DataError, match=r"^[^\n]*holds the member \.\./b\.png, whose path leads out of [^\n]*$"):
-        workflow.ingest(source, tmp_path / "out", Scale(), image_size=SIZE, seed=0, reporter=SilentReporter())
+        intake.ingest(source, tmp_path / "out", Scale(), image_size=SIZE, seed=0, reporter=SilentReporter())
     assert find_shards(tmp_path / "out") is None
 
 
