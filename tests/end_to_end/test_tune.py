@@ -76,6 +76,7 @@ def kinds(artifacts: Path) -> Counter[str]:
     return Counter(folder.name.partition("-")[0] for folder in artifacts.iterdir())
 
 
+@pytest.mark.faults
 def test_trials_over_two_stages_share_what_they_have_in_common(copied: Path, corpus: Corpus) -> None:
     before = kinds(copied / "artifacts")
     prepared = workflow.prepare(small_recipe(), str(corpus.parquet), copied)
