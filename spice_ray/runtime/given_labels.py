@@ -1,7 +1,7 @@
 """Labels that a user gives, as an artifact in the place of reliable pseudo-labels."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,25 +22,26 @@ Ints = NDArray[np.int64]
 UNKNOWN = -1
 
 
-def publish_given_labels(
-    root: Path,
-    print_: str,
-    given: GivenLabels,
-    num_clusters: int,
-    shards: Shards,
-    train_ids: Ints,
-    heads: Artifact | None,
-) -> Artifact:
-    """Publish given labels with weight 1 each.
+class MatchedLabels(NamedTuple):
+    """Given labels by image of the run."""
+
+    labels: Ints
+    """(N,); -1 where none is given."""
+    known: NDArray[np.bool_]
+    """Which of them stage 3 may learn from, (N,)."""
+    left_out: int
+    """How many it may not."""
+    num_train: int
+    """Images that it may train on."""
+
+
+def match_given_labels(given: GivenLabels, shards: Shards, train_ids: Ints) -> MatchedLabels:
+    """Find the images of given labels.
 
     Args:
-        root: The run's folder of artifacts.
-        print_: The artifact's fingerprint.
         given: The labels.
-        num_clusters: K.
         shards: The run's.
         train_ids: Rows that may be trained on; labels of others are left out.
-        heads: The heads that stage 3 goes on from; None: it starts anew.
 
     Raises:
         DataError: A label is of no image of the run, or fewer than two labels are left.
@@ -49,22 +50,38 @@ def publish_given_labels(
     known = np.zeros(shards.num_rows, np.bool_)
     known[train_ids] = True
     known &= labels != UNKNOWN
-    kept = np.bincount(labels[known], minlength=num_clusters)
-    if (kept > 0).sum() < 2:
+    different = len(np.unique(labels[known]))
+    if different < 2:
         raise DataError(
             f"{given.file} labels {known.sum()} of the images that stage 3 may train on, with "
-            f"{(kept > 0).sum()} different labels, and 2 are needed; label images of the train split"
+            f"{different} different labels, and 2 are needed; label images of the train split"
         )
+    return MatchedLabels(labels, known, len(given.labels) - int(known.sum()), len(train_ids))
+
+
+def publish_given_labels(
+    root: Path, print_: str, matched: MatchedLabels, num_clusters: int, heads: Artifact | None
+) -> Artifact:
+    """Publish given labels with weight 1 each.
+
+    Args:
+        root: The run's folder of artifacts.
+        print_: The artifact's fingerprint.
+        matched: The labels.
+        num_clusters: K.
+        heads: The heads that stage 3 goes on from; None: it starts anew.
+    """
+    labels, known = matched.labels, matched.known
 
     def write(folder: Path) -> dict[str, Any]:
-        unknown = torch.full((shards.num_rows,), torch.nan)
+        unknown = torch.full((len(labels),), torch.nan)
         weights = torch.from_numpy(known).float()
         write_reliable(folder, ReliableTable(torch.from_numpy(labels), unknown.double(), weights, unknown))
         return {
             "given": int(known.sum()),
-            "left_out": len(given.labels) - int(known.sum()),
-            "kept": kept.tolist(),
-            "num_train": len(train_ids),
+            "left_out": matched.left_out,
+            "kept": np.bincount(labels[known], minlength=num_clusters).tolist(),
+            "num_train": matched.num_train,
             "columns": None if heads is None else _columns(heads, labels, known, num_clusters).tolist(),
         }
 

@@ -14,7 +14,7 @@ from spice_ray.image_counts import check_count
 from spice_ray.readers.given_labels import read_given_labels
 from spice_ray.runtime.data import Shards, check_lanes, open_shards
 from spice_ray.runtime.frozen import check_trainable, given_settings, publish_given
-from spice_ray.runtime.given_labels import publish_given_labels
+from spice_ray.runtime.given_labels import MatchedLabels, match_given_labels, publish_given_labels
 from spice_ray.runtime.inference import publish_assignments, publish_embedding, publish_predictions, training_ids
 from spice_ray.runtime.pipeline import Pipeline, Show, settings_of
 from spice_ray.runtime.progress import Done, watched
@@ -66,6 +66,8 @@ class ImagePipeline(Pipeline):
     @cached_property
     def encoder(self) -> Artifact:
         """Stage 1, or the weights that are given in its place."""
+        if self.recipe.reliable.labels is not None:
+            _ = self._matched_labels  # what is wrong with them is found before the work of days
         return self._trained_encoder() if self.recipe.pretrain.weights is None else self._given_encoder()
 
     def _given_encoder(self) -> Artifact:
@@ -124,11 +126,7 @@ class ImagePipeline(Pipeline):
         parents = [self.shards_artifact] if heads is None else [self.shards_artifact, heads]
 
         def make(print_: str, progress: Path, show: Show) -> None:
-            assert recipe.reliable.labels is not None
-            given, shards = read_given_labels(recipe.reliable.labels, recipe.num_clusters), self.train_shards
-            if given.digest() != recipe.reliable.labels_digest:
-                raise DataError(f"{given.file} has changed since the run began; run the command again with a new --out")
-            publish_given_labels(self._root, print_, given, recipe.num_clusters, shards, training_ids(shards), heads)
+            publish_given_labels(self._root, print_, self._matched_labels, recipe.num_clusters, heads)
 
         found = self._artifact(RELIABLE, "given labels", "images", settings, parents, make)
         if found.manifest["left_out"]:
@@ -139,6 +137,15 @@ class ImagePipeline(Pipeline):
         if bare:
             self.reporter.note(f"no given label is of the clusters {bare}, so that stage 3 learns nothing of them")
         return found
+
+    @cached_property
+    def _matched_labels(self) -> MatchedLabels:
+        settings, shards = self.recipe.reliable, self.train_shards
+        assert settings.labels is not None
+        given = read_given_labels(settings.labels, self.recipe.num_clusters)
+        if given.digest() != settings.labels_digest:
+            raise DataError(f"{given.file} has changed since the run began; run the command again with a new --out")
+        return match_given_labels(given, shards, training_ids(shards))
 
     @cached_property
     def joint(self) -> Artifact:

@@ -155,6 +155,16 @@ def test_labels_other_than_the_recipe_was_made_with_are_refused(corpus: Corpus, 
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_labels_of_other_images_are_refused_before_stage_1(corpus: Corpus, tmp_path: Path) -> None:
+    labels = tmp_path / "others.parquet"
+    pq.write_table(pa.table({"source": ["train.parquet#0", "elsewhere.png"], "label": [0, 1]}), labels)
+    with pytest.raises(DataError, match=r"labels are none of this run, such as elsewhere.png"):
+        cluster(corpus.parquet, tmp_path / "run", f"reliable.labels={labels}")
+    assert not list((tmp_path / "run" / "artifacts").glob("encoder-*"))
+    assert not (tmp_path / "run" / "progress" / "encoder").exists()
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_labels_that_change_while_a_run_is_under_way_are_refused(corpus: Corpus, tmp_path: Path) -> None:
     labels = write_labels(tmp_path / "labels.parquet")
     recipe = small_recipe(f"reliable.labels={labels}", "joint.init=scratch")
