@@ -18,7 +18,7 @@ from spice_ray.runtime.given_labels import MatchedLabels, match_given_labels, pu
 from spice_ray.runtime.inference import publish_assignments, publish_embedding, publish_predictions, training_ids
 from spice_ray.runtime.pipeline import Pipeline, Show, settings_of
 from spice_ray.runtime.progress import Done, watched
-from spice_ray.runtime.reliable import why_skip
+from spice_ray.runtime.reliable import GIVEN, why_a_lane_is_bare, why_skip
 from spice_ray.runtime.train import fit
 from spice_ray.runtime.workers import Host, JointJob, PretrainJob, publish_skipped, run_joint, run_pretrain
 from spice_ray.shards import splits_of
@@ -145,7 +145,12 @@ class ImagePipeline(Pipeline):
         given = read_given_labels(settings.labels, self.recipe.num_clusters)
         if given.digest() != settings.labels_digest:
             raise DataError(f"{given.file} has changed since the run began; run the command again with a new --out")
-        return match_given_labels(given, shards, training_ids(shards))
+        matched = match_given_labels(given, shards, training_ids(shards))
+        rows = [file.rows for file in shards.files]
+        bare = why_a_lane_is_bare(matched.known, rows, self.recipe.joint.lanes, *GIVEN)
+        if bare is not None and self.recipe.joint.steps:
+            raise ConfigError(bare)
+        return matched
 
     @cached_property
     def joint(self) -> Artifact:

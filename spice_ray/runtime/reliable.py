@@ -136,20 +136,37 @@ def why_skip(reliable: Artifact, recipe: Recipe, files: list[int], num_lanes: in
     # Of given labels there are two or more.
     if filled < 2:
         return f"{filled} of {recipe.num_clusters} clusters have reliable samples and 2 are needed; {advice(recipe)}"
+    samples, remedy = GIVEN
+    if "neighbors" in reliable.manifest:
+        samples, remedy = "reliable samples", advice(recipe)
+        if sum(reliable.manifest["kept"]) < sum(reliable.manifest["consistent"]):
+            remedy = f"set reliable.balance=weights, {remedy}"
+    return why_a_lane_is_bare(read_reliable(reliable).weights.numpy() > 0, files, num_lanes, samples, remedy)
+
+
+GIVEN = ("given labels", "give more")
+"""What stage 3 may learn from in the place of reliable samples, and what to do where they are too few."""
+
+
+def why_a_lane_is_bare(
+    chosen: NDArray[np.bool_], files: list[int], num_lanes: int, samples: str, remedy: str
+) -> str | None:
+    """That a lane of stage 3 has none of the samples it learns from and what to do, or None where each has some.
+
+    Args:
+        chosen: Whether a sample is one of them, (N,).
+        files: Rows of each shard file.
+        num_lanes: G.
+        samples: What they are.
+        remedy: What brings more.
+    """
     file_of = np.repeat(np.arange(len(files)), files)
-    weights = read_reliable(reliable).weights.numpy()
-    lanes = np.bincount(file_of[weights > 0] % num_lanes, minlength=num_lanes)
-    if (lanes == 0).any():
-        samples, remedy = "given labels", "give more"
-        if "neighbors" in reliable.manifest:
-            samples, remedy = "reliable samples", advice(recipe)
-            if sum(reliable.manifest["kept"]) < sum(reliable.manifest["consistent"]):
-                remedy = f"set reliable.balance=weights, {remedy}"
-        return (
-            f"{int((weights > 0).sum())} {samples} leave one of joint.lanes={num_lanes} lanes without any; "
-            f"{remedy}, or lower joint.lanes"
-        )
-    return None
+    if np.bincount(file_of[chosen] % num_lanes, minlength=num_lanes).all():
+        return None
+    return (
+        f"{int(chosen.sum())} {samples} leave one of joint.lanes={num_lanes} lanes without any; "
+        f"{remedy}, or lower joint.lanes"
+    )
 
 
 def _disagreement(labelled: Artifact) -> Tensor:

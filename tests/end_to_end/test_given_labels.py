@@ -160,8 +160,12 @@ def test_labels_of_other_images_are_refused_before_stage_1(corpus: Corpus, tmp_p
     pq.write_table(pa.table({"source": ["train.parquet#0", "elsewhere.png"], "label": [0, 1]}), labels)
     with pytest.raises(DataError, match=r"labels are none of this run, such as elsewhere.png"):
         cluster(corpus.parquet, tmp_path / "run", f"reliable.labels={labels}")
-    assert not list((tmp_path / "run" / "artifacts").glob("encoder-*"))
-    assert not (tmp_path / "run" / "progress" / "encoder").exists()
+    few = write_labels(tmp_path / "few.parquet", np.array([0, 1]))
+    with pytest.raises(ConfigError, match=r"2 given labels leave one of joint.lanes=4 lanes without any"):
+        cluster(corpus.parquet, tmp_path / "few", f"reliable.labels={few}")
+    for run in ("run", "few"):
+        assert not list((tmp_path / run / "artifacts").glob("encoder-*"))
+        assert not (tmp_path / run / "progress" / "encoder").exists()
 
 
 @pytest.mark.usefixtures("local_ray")
