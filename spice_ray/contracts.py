@@ -39,7 +39,8 @@ CLUSTER_COUNT, PRIOR = "cluster_count", "prior"
 #              stored=encoded: binary, the file that was read, to be decoded
 #   embedding  in the place of image, stored=vectors: fixed-size binary, 4*D bytes: float32, little-endian
 # manifest: num_images, image_size (or embed_dim), stored, splits {name: count}, files [{name, rows,
-# splits {name: count}, crc32}], num_rejects, digest; rejects.parquet beside the parts: source, reason.
+# splits {name: count}, copies (of the row before), crc32}], num_rejects, num_copies, digest; rejects.parquet beside the
+# parts: source, reason.
 
 
 @dataclass(frozen=True)

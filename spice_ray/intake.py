@@ -103,6 +103,10 @@ def ingest_into(
     if rejected:
         unit = "embeddings" if source.kind == "embeddings" else "files"
         reporter.note(f"{rejected} {unit} could not be read; {shards.path / 'rejects.parquet'} says why")
+    copies = shards.manifest["num_copies"]
+    if copies:
+        unit = "embeddings" if source.kind == "embeddings" else "images"
+        reporter.note(f"{copies} of {shards.manifest['num_images']} {unit} are copies of others, and count like them")
     return shards, labels
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from spice_ray import mirror
 from spice_ray.errors import StorageError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "manifest.json"
 
 

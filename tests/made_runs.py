@@ -89,7 +89,14 @@ def write_shards(to: Path, splits: list[str]) -> dict[str, Any]:
         }
         for name, (first, last) in bounds.items()
     ]
-    return {"num_images": NUM_IMAGES, "image_size": SIZE, "stored": "pixels", "files": files, "num_rejects": 3}
+    return {
+        "num_images": NUM_IMAGES,
+        "image_size": SIZE,
+        "stored": "pixels",
+        "files": files,
+        "num_rejects": 3,
+        "num_copies": 4,
+    }
 
 
 def write_labels(to: Path, classes: list[int | None]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def test_every_cluster_has_its_sizes_and_what_its_neighbours_say(tmp_path: Path)
     assert "Unsupervised loss of the result: 1.7500" in html
     assert "Reliable samples: 10 of 40 (25.0%)" in html
     assert "Heads: 2, of which 1 have merged" in html
-    assert "3 images could not be read" in html
+    assert "3 images could not be read (rejects.parquet); 4 are copies of others." in html
     assert "&lt;photos&gt;" in html
     assert "<photos>" not in html
 

@@ -182,7 +182,7 @@ def merge_part(part: Part, runs: list[str], task: Task) -> dict[str, Any]:
 
     Returns:
         The part's record, which is on disk then: what the manifest says of the file (``name``, ``rows``, ``splits``,
-        ``crc32``).
+        ``copies``, ``crc32``).
     """
     record_file = task.folder / f"part-{part.number:05d}.json"
     name = f"part-{part.number:05d}.parquet"
@@ -192,7 +192,7 @@ def merge_part(part: Part, runs: list[str], task: Task) -> dict[str, Any]:
         return known
     for folder in (task.folder, task.parts):
         mirror.make_here(folder)
-    rows = _rows_of(part, runs, task)
+    rows, copies = _rows_of(part, runs, task)
     ids, column = pa.array(np.arange(part.first_id, part.first_id + part.rows), pa.int64()), task.format.column
     temporary = mirror.temporary_of(task.parts / name)
     table = pa.table([ids, rows["source"], rows["split"], rows["content"]], ["sample_id", "source", "split", column])
@@ -201,7 +201,7 @@ def merge_part(part: Part, runs: list[str], task: Task) -> dict[str, Any]:
     labels = pa.table([ids, rows["label"]], _LABEL_ROWS).filter(rows["label"].is_valid())
     _write_labels(task.folder / f"labels-{part.number:05d}.arrow", labels)
     splits = dict(sorted(Counter(rows["split"].to_pylist()).items()))
-    record = {"name": name, "rows": part.rows, "splits": splits, "crc32": crc32}
+    record = {"name": name, "rows": part.rows, "splits": splits, "copies": copies, "crc32": crc32}
     write_json(record_file, record)
     return record
 
@@ -225,9 +225,10 @@ def read_labels(folder: Path, num_parts: int) -> pa.Table:
         return pa.concat_tables(pool.map(read, range(num_parts))).combine_chunks()
 
 
-def _rows_of(part: Part, runs: list[str], task: Task) -> pa.Table:
+def _rows_of(part: Part, runs: list[str], task: Task) -> tuple[pa.Table, int]:
+    """The rows of a part, and how many of them have the content of the row before."""
     if part.rows == 0:
-        return _run_schema(task.format).empty_table()
+        return _run_schema(task.format).empty_table(), 0
     # A server is asked for many runs at once; those on a disk are only mapped.
     with ThreadPoolExecutor(_REQUESTS_AT_A_TIME if mirror.is_mirrored(task.folder) else 1) as pool:
         slices = pool.map(lambda name: list(read_slices(task.folder / name, part)), runs)
@@ -240,11 +241,15 @@ def _rows_of(part: Part, runs: list[str], task: Task) -> pa.Table:
             strict=True,
         )
     )
-    chosen = [position for _, _, position in order[part.skip : part.skip + part.rows]]
+    stop = part.skip + part.rows
+    # With the row before the first one, if that is in the same bin, as one with the same content would be.
+    near = itertools.pairwise(order[max(0, part.skip - 1) : stop])
+    copies = sum(row[0] == before[0] for before, row in near)
+    chosen = [position for _, _, position in order[part.skip : stop]]
     taken = rows.take(pa.array(chosen, pa.int64())).combine_chunks()
     # Arrow put all rows together for that, and writing the part needs room too.
     pa.default_memory_pool().release_unused()
-    return taken
+    return taken, copies
 
 
 def read_slices(file: Path, part: Part) -> Iterator[pa.Table]:

@@ -216,10 +216,10 @@ def _training(run: Path) -> str:
 
 def _made(run: Path, record: dict[str, Any], shards: Artifact) -> str:
     seconds = [[f"{value:.1f}", stage] for stage, value in read_json(run / "timing.json").items()]
-    rejects = shards.manifest["num_rejects"]
+    rejects, copies = shards.manifest["num_rejects"], shards.manifest["num_copies"]
     settings = escape(json.dumps(record["recipe"], indent=1))
     return f"""<h2>How it was made</h2>
-<p>{rejects} {_unit(record)} could not be read (rejects.parquet).</p>
+<p>{rejects} {_unit(record)} could not be read (rejects.parquet); {copies} are copies of others.</p>
 {table(["seconds", "stage"], seconds)}
 <details><summary>Settings</summary><pre>{settings}</pre></details>"""
 

@@ -219,6 +219,7 @@ def _publish_shards(root: Path, print_: str, task: Task, read: _Read, files: lis
             "splits": dict(sorted(splits.items())),
             "files": files,
             "num_rejects": len(read.rejects),
+            "num_copies": sum(file["copies"] for file in files),
             "digest": read.digest,
         }
 

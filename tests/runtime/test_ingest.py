@@ -87,6 +87,17 @@ MIXED = {
 }
 
 
+def test_copies_are_counted_wherever_the_files_part_them(tmp_path: Path) -> None:
+    # 16 files of 2 or 3 rows: 9 images of one content stand in four or five of them.
+    files = {f"{i:02d}.png": png(0 if i < 9 else i) for i in range(36)} | {"36.png": png(35), "37.png": png(100)}
+    shards, _ = shards_of(put(tmp_path / "in", files), tmp_path / "out")
+    assert shards.manifest["num_images"] == 38
+    assert shards.manifest["num_copies"] == sum(part["copies"] for part in shards.manifest["files"]) == 8 + 1
+    assert sum(part["copies"] > 0 for part in shards.manifest["files"]) >= 4
+    alone, _ = shards_of(put(tmp_path / "one", MIXED), tmp_path / "apart")
+    assert alone.manifest["num_copies"] == 0
+
+
 def test_every_image_is_one_row_of_the_layout_in_the_contract(tmp_path: Path) -> None:
     shards, labels = shards_of(put(tmp_path / "in", MIXED), tmp_path / "out")
     assert labels is None
@@ -115,6 +126,7 @@ def test_the_manifest_counts_what_the_files_hold(tmp_path: Path) -> None:
         "splits",
         "files",
         "num_rejects",
+        "num_copies",
         "digest",
     }
     assert (manifest["num_images"], manifest["image_size"], manifest["num_rejects"]) == (28, SIZE, 1)
