@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from heads_banks import in_new_process
-from heads_speed import CORES
 from ingest import small_store
 from machine import surroundings, write_results
 from neighbors import differ, make_rows
@@ -66,6 +65,7 @@ def find(file: Path, num_rows: int, width: int, k: int) -> dict[str, Any]:
         "seconds": seconds,
         "picoseconds_per_pair": seconds / num_rows**2 * 1e12,
         "actor_megabytes": {"first_tenth": progress.early, "peak": watch.largest_actor.anonymous},
+        "actors": len(watch.actors),
         "driver_megabytes": watch.driver.anonymous,
         "lists": str(found.file("neighbors.npy")),
     }
@@ -104,11 +104,21 @@ def main() -> None:
     print(surroundings())
     points = [measure(num_rows, options) for num_rows in options.rows]
     print_table(
-        f"k = {options.neighbors}, width {options.width}, {CORES} actors",
-        ["rows", "seconds", "ps per pair", "actor MB after a tenth", "actor MB", "driver MB", "unlike float64"],
+        f"k = {options.neighbors}, width {options.width}",
+        [
+            "rows",
+            "actors",
+            "seconds",
+            "ps per pair",
+            "actor MB after a tenth",
+            "actor MB",
+            "driver MB",
+            "unlike float64",
+        ],
         [
             [
                 f"{point['rows']:,}",
+                f"{point['actors']}",
                 f"{point['seconds']:,.0f}",
                 f"{point['picoseconds_per_pair']:.0f}",
                 *(f"{held:,.0f}" for held in point["actor_megabytes"].values()),
@@ -118,7 +128,7 @@ def main() -> None:
             for point in points
         ],
     )
-    settings = {"width": options.width, "neighbors": options.neighbors, "actors": CORES}
+    settings = {"width": options.width, "neighbors": options.neighbors}
     write_results({**settings, "object_store_bytes": _STORE_BYTES, "points": points}, options.out)
 
 

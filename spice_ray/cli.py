@@ -16,6 +16,7 @@ from spice_ray.console import ConsoleReporter, probe_table, reuse_table, scores_
 from spice_ray.errors import DataError, SpiceError
 from spice_ray.mirror import local, path_of, shown
 from spice_ray.recipe import load_recipe, read_scale, recipe_names
+from spice_ray.run_folder import read_finished
 from spice_ray.sweep import load_sweep
 
 
@@ -163,6 +164,7 @@ def export(
     ] = None,
 ) -> None:
     """Write the classifier of a run as one file, which torch alone can load."""
+    read_finished(run)  # before torch is imported
     from spice_ray.export import export as write
 
     typer.echo(shown(write(run, out)))

@@ -4,15 +4,14 @@ B images or vectors, S side of an image in pixels, D width of an embedding, K cl
 """
 
 import importlib.metadata
+import io
 import json
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spice_ray import mirror
 from spice_ray.config import ImageRecipe, Recipe
@@ -41,7 +40,7 @@ class ImageClassifier(nn.Module):
 
     def __init__(self, model: JointModel, image: Image) -> None:
         super().__init__()
-        # Else the weights' order in memory would be taken for that of parts of others.
+        # What saves programs takes channels-last weights for views of others, and warns.
         self.model = model.to(memory_format=torch.contiguous_format)
         self.register_buffer("mean", torch.tensor(image.mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(image.std).view(-1, 1, 1))
@@ -62,9 +61,11 @@ class VectorClassifier(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         """Probabilities, float32, (B, K), of vectors of any length but 0, float32, (B, D)."""
+        # In float64 the square of the largest float32 is a number.
+        rows = vectors.double()
+        rows = rows / rows.norm(dim=1, keepdim=True) * self.length
         # In half precision, as the head learnt them.
-        rows = (F.normalize(vectors, dim=1) * self.length).half().float()
-        return self.head(rows).softmax(dim=1)
+        return self.head(rows.half().float()).softmax(dim=1)
 
 
 def export(run: Path, file: Path | None = None) -> Path:
@@ -77,19 +78,24 @@ def export(run: Path, file: Path | None = None) -> Path:
         file: Where to; ``run/classifier.pt2`` unless given.
 
     Raises:
-        ConfigError: Torch cannot make a program of the encoder.
+        ConfigError: Torch cannot make a program of the encoder, or ``file`` is a folder.
         StorageError: The run is missing, unfinished or damaged, or the disk refused.
     """
     record, target = read_finished(run), file or run / FILE
+    if not mirror.is_mirrored(target):
+        if target.is_dir():
+            raise ConfigError(f"--out {target} is a folder; name a file in it, such as {target / FILE}")
+        with reporting_disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
     recipe = check_recipe(record["recipe"])
     model = open_made(run, record, JOINT if isinstance(recipe, ImageRecipe) else HEADS)
     classifier, example = _classifier_of(recipe, model)
     program = _traced(classifier.eval().requires_grad_(False), example, model)
     described = json.dumps(_description(recipe, model, example))
-    with reporting_disk_errors(target), tempfile.TemporaryDirectory() as folder:
-        written = Path(folder) / FILE
-        torch.export.save(program, written, extra_files={DESCRIPTION: described})
-        mirror.write_bytes(target, written.read_bytes())
+    written = io.BytesIO()
+    torch.export.save(program, written, extra_files={DESCRIPTION: described})
+    with reporting_disk_errors(target):
+        mirror.write_bytes(target, written.getvalue())
     return target
 
 
@@ -115,9 +121,12 @@ def _traced(classifier: nn.Module, example: Tensor, model: Artifact) -> torch.ex
 
 def _description(recipe: Recipe, model: Artifact, example: Tensor) -> dict[str, Any]:
     """What goes in and what comes out."""
-    wanted = "embeddings of the model that made those of the run, of any length"
+    wanted = "embeddings of the model that made those of the run, of any length; what gives is the chosen head"
     if isinstance(recipe, ImageRecipe):
-        wanted = f"RGB images, their centre squares scaled to {recipe.image.size} pixels (bicubic)"
+        wanted = (
+            "upright RGB images, transparency laid on white, the centre square scaled to "
+            f"{recipe.image.size} pixels as Pillow's BICUBIC does it"
+        )
     return {
         "takes": wanted,
         "dtype": str(example.dtype).removeprefix("torch."),

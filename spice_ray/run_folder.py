@@ -101,6 +101,11 @@ class RunFolder:
         known = read_json(file) if mirror.exists(file) else {}
         write_json(file, {**known, stage: round(known.get(stage, 0.0) + seconds, 3)})
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all stages have been run, with these settings."""
+        return "artifacts" in read_record(self.path)
+
     def begin_seconds(self) -> None:
         """Note that stages take time, where none has taken any yet.
 

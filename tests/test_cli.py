@@ -201,6 +201,8 @@ REFUSED = {
     "evaluate no run": (["evaluate", "{here}/photos"], "run.json does not exist; is {here}/photos the folder of a run"),
     "evaluate too early": (["evaluate", "{here}/started"], "is not of a finished run; run the same command again"),
     "evaluate damage": (["evaluate", "{here}/damaged"], "cannot be read as JSON; restore it, or delete the folder"),
+    "export nothing": (["export", "{here}/nowhere"], "run.json does not exist; is {here}/nowhere the folder"),
+    "export too early": (["export", "{here}/started"], "is not of a finished run; run the same command again"),
     "ingest with a recipe's setting": (
         ["ingest", "digits", "{here}/new", "--size", "16", "joint.steps=3"],
         "joint.steps is no setting of shards; only settings of scale can be given here",

@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "benchmarks")]
 
+import torch  # noqa: E402
 from machine import surroundings, write_results  # noqa: E402
 from tables import print_table  # noqa: E402
 
@@ -99,14 +100,18 @@ def main() -> int:
     run, start = options.out.resolve(), time.perf_counter()
     command = [sys.executable, "-m", "spice_ray", "run", options.recipe, "--data", str(Path(options.data).resolve())]
     command += ["--out", str(run), "protocol=split", *options.settings]
-    is_done = go_on(command, 60 * options.minutes)
-    pieces = add_piece(run, (time.perf_counter() - start) / 60)
+    try:
+        is_done = go_on(command, 60 * options.minutes)
+    finally:
+        pieces = add_piece(run, (time.perf_counter() - start) / 60)
     if not is_done:
         print(f"stopped after {pieces[-1]:.1f} minutes; the same command goes on")
         return _MORE_TO_DO
     found = {**scores_of(run), "minutes_of_pieces": pieces}
     show(found)
-    write_results({"recipe": options.recipe, "settings": options.settings, **found}, options.results)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    settings = {"device": device, "recipe": options.recipe, "settings": options.settings}
+    write_results({**settings, **found}, options.results)
     return 0
 
 

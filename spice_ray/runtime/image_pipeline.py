@@ -66,8 +66,6 @@ class ImagePipeline(Pipeline):
     @cached_property
     def encoder(self) -> Artifact:
         """Stage 1, or the weights that are given in its place."""
-        if self.recipe.reliable.labels is not None:
-            _ = self._matched_labels  # what is wrong with them is found before the work of days
         return self._trained_encoder() if self.recipe.pretrain.weights is None else self._given_encoder()
 
     def _given_encoder(self) -> Artifact:
@@ -145,12 +143,7 @@ class ImagePipeline(Pipeline):
         given = read_given_labels(settings.labels, self.recipe.num_clusters)
         if given.digest() != settings.labels_digest:
             raise DataError(f"{given.file} has changed since the run began; run the command again with a new --out")
-        matched = match_given_labels(given, shards, training_ids(shards))
-        rows = [file.rows for file in shards.files]
-        bare = why_a_lane_is_bare(matched.known, rows, self.recipe.joint.lanes, *GIVEN)
-        if bare is not None and self.recipe.joint.steps:
-            raise ConfigError(bare)
-        return matched
+        return match_given_labels(given, shards, training_ids(shards))
 
     @cached_property
     def joint(self) -> Artifact:
@@ -233,6 +226,8 @@ class ImagePipeline(Pipeline):
             first_key: A setting of the first stage that they vary.
             neighbors: Whether trials need neighbours of each row in the embedding.
         """
+        if self.recipe.reliable.labels is not None:
+            _ = self._matched_labels  # of other images they would be found so by every trial
         if self.recipe.is_supervised or first_key.startswith("pretrain."):
             return self
         if stage_of(first_key) == "encoder":
@@ -254,6 +249,24 @@ class ImagePipeline(Pipeline):
 
     def _tell(self, name: str, made: Artifact) -> None:
         self.reporter.note(f"{name}: {made.path.name}")
+
+    def finish(self) -> Artifact:
+        """Run all stages and give the user the tables."""
+        if self.recipe.reliable.labels is not None and not self.run.is_finished:
+            self._check_labels()
+        return super().finish()
+
+    def _check_labels(self) -> None:
+        """See that stage 3 can learn from the given labels, before the work of days.
+
+        Raises:
+            DataError: They are of other images.
+            ConfigError: They leave a lane without any.
+        """
+        rows = [file.rows for file in self.train_shards.files]
+        bare = why_a_lane_is_bare(self._matched_labels.known, rows, self.recipe.joint.lanes, *GIVEN)
+        if bare is not None:
+            raise ConfigError(bare)
 
     def joint_job(self, round_: Round, print_: str) -> JointJob:
         """What a worker of stage 3 is given.

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from spice_ray.contracts import SHARDS
+from spice_ray.core.heads import ClusterHead
+from spice_ray.core.joint import JointModel
 from spice_ray.errors import ConfigError, StorageError
-from spice_ray.export import _traced, export
+from spice_ray.export import ImageClassifier, VectorClassifier, _traced, export
 from spice_ray.readers.parts import format_of, images_of, read_part
+from spice_ray.recipe import load_recipe
 from spice_ray.run_folder import open_made, read_finished
 from spice_ray.runtime.data import open_shards
+from spice_ray.runtime.weights import build
 from spice_ray.storage import Artifact
 
 ELSEWHERE = """
@@ -63,12 +67,31 @@ def test_without_a_place_the_file_is_in_the_run(finished: Path) -> None:
     file.unlink()
 
 
+@pytest.mark.parametrize("name", ["resnet18_small", "wrn28_2", "torchvision/regnet_y_400mf", "timm/test_resnet"])
+def test_every_kind_of_encoder_can_be_exported(name: str, tmp_path: Path) -> None:
+    model = JointModel(build(name, 64), ClusterHead(build(name, 64).embed_dim, 3, 0)).eval()
+    classifier = ImageClassifier(model, load_recipe("images", ["num_clusters=3"]).image).eval()
+    images = torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    program = _traced(classifier.requires_grad_(False), images[:2], Artifact(tmp_path, "joint", "a", {}))
+    assert torch.allclose(program.module()(images), classifier(images), atol=1e-5)
+
+
+def test_vectors_of_any_length_have_the_clusters_of_their_direction() -> None:
+    classifier = VectorClassifier(ClusterHead(8, 3, 0), 8)
+    vectors = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    expected = classifier(vectors)
+    for length in (1e-30, 1e30):
+        assert torch.allclose(classifier(vectors * length), expected, atol=1e-5)
+
+
 def test_what_cannot_be_exported_is_said(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"run.json does not exist"):
         export(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="file"):
         export(finished, tmp_path / "file" / "classifier.pt2")
+    with pytest.raises(ConfigError, match=r"--out .* is a folder; name a file in it"):
+        export(finished, tmp_path)
 
     class Undecided(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

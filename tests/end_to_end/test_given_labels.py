@@ -155,7 +155,7 @@ def test_labels_other_than_the_recipe_was_made_with_are_refused(corpus: Corpus, 
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_labels_of_other_images_are_refused_before_stage_1(corpus: Corpus, tmp_path: Path) -> None:
+def test_labels_that_stage_3_cannot_use_are_refused_before_stage_1(corpus: Corpus, tmp_path: Path) -> None:
     labels = tmp_path / "others.parquet"
     pq.write_table(pa.table({"source": ["train.parquet#0", "elsewhere.png"], "label": [0, 1]}), labels)
     with pytest.raises(DataError, match=r"labels are none of this run, such as elsewhere.png"):
