@@ -15,6 +15,7 @@ class ClusterHead(nn.Sequential):
 
     def __init__(self, embed_dim: int, num_clusters: int, key: int) -> None:
         """Draw the initial weights from ``key`` alone."""
+        self.num_clusters = num_clusters
         with seeded(key):
             super().__init__(nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, num_clusters))
 

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from spice_ray.core.encoders import Encoder
 from spice_ray.core.heads import ClusterHead
 
+Threshold = float | Tensor
+"""tau, or that of each cluster, (K,)."""
+
 
 class JointModel(nn.Module):
     """Encoder and head as one classifier; gives cluster logits."""
@@ -38,7 +41,7 @@ def supervised_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     return (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
 
 
-def consistency_loss(weak_logits: Tensor, strong_logits: Tensor, confidence: float) -> Tensor:
+def consistency_loss(weak_logits: Tensor, strong_logits: Tensor, confidence: Threshold) -> Tensor:
     """Cross-entropy of strong views with their weak view's confident prediction (eq. 8, second term), a scalar.
 
     The sum over confident rows is divided by all U rows: unsure rows count zero. No gradient reaches the targets.
@@ -48,18 +51,54 @@ def consistency_loss(weak_logits: Tensor, strong_logits: Tensor, confidence: flo
         strong_logits: (U, K).
         confidence: tau; a row counts when its largest weak probability is greater.
     """
-    sureness, targets = weak_logits.detach().softmax(dim=1).max(dim=1)
-    return ((sureness > confidence) * F.cross_entropy(strong_logits, targets, reduction="none")).mean()
+    is_sure, targets = _sure(weak_logits.detach(), confidence)
+    return (is_sure * F.cross_entropy(strong_logits, targets, reduction="none")).mean()
 
 
 @torch.no_grad()
-def agreeing_share(weak_logits: Tensor, strong_logits: Tensor, confidence: float) -> Tensor:
+def agreeing_share(weak_logits: Tensor, strong_logits: Tensor, confidence: Threshold) -> Tensor:
     """Share of unlabelled rows that are confident and whose strong view has the same cluster, a scalar.
 
     Not in the paper: a sign of progress that needs no label. Arguments as in :func:`consistency_loss`.
     """
-    sureness, targets = weak_logits.softmax(dim=1).max(dim=1)
-    return ((sureness > confidence) & (strong_logits.argmax(dim=1) == targets)).float().mean()
+    is_sure, targets = _sure(weak_logits, confidence)
+    return (is_sure & (strong_logits.argmax(dim=1) == targets)).float().mean()
+
+
+def _sure(logits: Tensor, confidence: Threshold) -> tuple[Tensor, Tensor]:
+    """Whether each row is confident, bool, and its cluster, int64, both (U,)."""
+    sureness, targets = logits.softmax(dim=1).max(dim=1)
+    return sureness > (confidence[targets] if isinstance(confidence, Tensor) else confidence), targets
+
+
+class AdaptiveThreshold:
+    """Thresholds that follow the model (FreeMatch, Wang et al. 2023, eqs. 5-8): low while it is unsure.
+
+    The threshold of all is the running mean of how sure predictions are, from 1/K on; a cluster's is lower by the ratio
+    of its running mean probability to the greatest of all clusters.
+    """
+
+    def __init__(self, num_clusters: int, decay: float, device: torch.device) -> None:
+        """Begin without knowing anything; ``decay`` is the share of the running means that stays at each step."""
+        self._decay = decay
+        self.means = torch.full((num_clusters + 1,), 1 / num_clusters, device=device)
+        """Running: the mean probability of each cluster, and the mean of the greatest, float32, (K + 1,)."""
+
+    def levels(self) -> Tensor:
+        """Each cluster's tau, (K,)."""
+        probs = self.means[:-1]
+        return self.means[-1] * probs / probs.max()
+
+    def update(self, means: Tensor) -> None:
+        """Take in what :func:`prediction_means` gave of a global batch, (K + 1,)."""
+        self.means.lerp_(means, 1 - self._decay)
+
+
+@torch.no_grad()
+def prediction_means(weak_logits: Tensor) -> Tensor:
+    """The mean probability of each cluster, and the mean of each row's greatest, (K + 1,)."""
+    probs = weak_logits.softmax(dim=1)
+    return torch.cat([probs.mean(dim=0), probs.amax(dim=1).mean()[None]])
 
 
 @torch.no_grad()

@@ -11,9 +11,11 @@ from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation, MakeView, view_maker
 from spice_ray.core.encoders import compile_encoders
 from spice_ray.core.joint import (
+    AdaptiveThreshold,
     JointModel,
     agreeing_share,
     consistency_loss,
+    prediction_means,
     seven_sixteenths_cosine,
     supervised_loss,
     update_ema,
@@ -107,6 +109,9 @@ class _FixMatch:
         self.optimizer = build_optimizer(
             settings.optimizer, self.bare, settings.lr, settings.weight_decay, nesterov=True
         )
+        self.adaptive = None
+        if settings.threshold == "adaptive":
+            self.adaptive = AdaptiveThreshold(self.bare.head.num_clusters, settings.ema, device)
         self.plateau = None if settings.patience is None else Plateau(settings.patience, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
         makers = {"labelled": augmentation.weak, "weak": augmentation.weak, "strong": augmentation.strong}
@@ -135,10 +140,18 @@ class _FixMatch:
         figures = collectives.mean_over_workers(figures)
         if self.plateau is not None:
             self.plateau.add(number, figures[1])
+        if self.adaptive is not None:
+            self.adaptive.update(figures[-len(self.adaptive.means) :])
         return figures[0]
 
     def learn(self, labelled: Tensor, labels: Tensor, weights: Tensor, weak: Tensor, strong: Tensor) -> Tensor:
-        """Add the gradient of this worker's rows, part after part; gives their mean loss, and the agreeing share."""
+        """Add the gradient of this worker's rows, part after part.
+
+        Gives their mean loss, the agreeing share if somebody waits for it to stop growing, and the means that adaptive
+        thresholds follow.
+        """
+        # That of before the step, so that all parts and workers have the same.
+        threshold = self.settings.confidence if self.adaptive is None else self.adaptive.levels()
         split, count = self.parts.split, self.parts.count
         ahead = [None] * count if self.settings.one_pass else self.predict_ahead(split(weak))
         rows = zip(split(labelled), split(labels), split(weights), split(weak), ahead, split(strong), strict=True)
@@ -152,13 +165,15 @@ class _FixMatch:
                 else:
                     logits, strong_logits = self.predict(known, strong_view)
                 loss = supervised_loss(logits, known_labels, known_weights)
-                unlabelled_loss = consistency_loss(targets, strong_logits, self.settings.confidence)
+                unlabelled_loss = consistency_loss(targets, strong_logits, threshold)
                 loss = loss + self.settings.unlabelled_weight * unlabelled_loss
                 (loss / count).backward()
-            told = [loss.detach()]
+            told = [loss.detach()[None]]
             if self.plateau is not None:
-                told.append(agreeing_share(targets, strong_logits, self.settings.confidence))
-            figures.append(torch.stack(told))
+                told.append(agreeing_share(targets, strong_logits, threshold)[None])
+            if self.adaptive is not None:
+                told.append(prediction_means(targets))
+            figures.append(torch.cat(told))
         return torch.stack(figures).mean(dim=0)
 
     def predict(self, *views: Tensor) -> list[Tensor]:
@@ -183,6 +198,7 @@ class _FixMatch:
             "ema_buffers": collectives.stacked_buffers(self.ema),
             "optimizer": self.optimizer.state_dict(),
             "plateau": None if self.plateau is None else self.plateau.state(),
+            "adaptive": None if self.adaptive is None else self.adaptive.means,
         }
 
     def restore(self, state: dict[str, Any] | None) -> int:
@@ -196,4 +212,6 @@ class _FixMatch:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.plateau is not None:
             self.plateau.load(state["plateau"])
+        if self.adaptive is not None:
+            self.adaptive.means.copy_(state["adaptive"])
         return cast(int, state["step"])

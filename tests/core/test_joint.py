@@ -10,9 +10,11 @@ from torch.nn import functional as F
 from spice_ray.core.encoders import build_encoder
 from spice_ray.core.heads import ClusterHead
 from spice_ray.core.joint import (
+    AdaptiveThreshold,
     JointModel,
     agreeing_share,
     consistency_loss,
+    prediction_means,
     seven_sixteenths_cosine,
     supervised_loss,
     update_ema,
@@ -70,6 +72,25 @@ def test_the_agreeing_share_counts_rows_that_are_confident_and_have_one_cluster_
     assert agreeing_share(weak, strong, 0.8).item() == 0.25
     assert agreeing_share(weak, strong, 0.7).item() == 0.5
     assert agreeing_share(weak, strong, 0.95).item() == 0
+
+
+def test_adaptive_thresholds_by_hand():
+    adaptive = AdaptiveThreshold(2, decay=0.75, device=torch.device("cpu"))
+    assert adaptive.levels().tolist() == [0.5, 0.5]
+    # Probabilities (0.9, 0.1) and (0.5, 0.5): means 0.7 and 0.3, the greatest 0.7.
+    means = prediction_means(torch.tensor([[math.log(9.0), 0.0], [0.0, 0.0]]))
+    assert means.tolist() == pytest.approx([0.7, 0.3, 0.7])
+    adaptive.update(means)
+    # 0.75 * 0.5 + 0.25 * 0.7 = 0.55 for all; clusters 0.55 and 0.45.
+    assert adaptive.levels().tolist() == pytest.approx([0.55, 0.55 * 0.45 / 0.55])
+
+
+def test_each_cluster_has_a_threshold_of_its_own():
+    # Weak probabilities 0.75 of the first cluster, 0.75 of the second.
+    weak = torch.tensor([[math.log(3.0), 0.0], [0.0, math.log(3.0)]])
+    strong, levels = torch.zeros(2, 2), torch.tensor([0.8, 0.7])
+    assert consistency_loss(weak, strong, levels).item() == pytest.approx(math.log(2) / 2)
+    assert agreeing_share(weak, weak, levels).item() == 0.5
 
 
 def test_consistency_is_the_slow_loop_on_random_logits():

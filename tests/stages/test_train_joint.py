@@ -32,7 +32,8 @@ FILES = [9, 7, 10, 8, 8, 8, 7, 9]  # lane g owns files g and g + 4
 TOTAL = sum(FILES)
 LABELS = torch.arange(TOTAL) % CLUSTERS
 WEIGHTS = torch.tensor([0.0, 1.0, 0.5, 2.0, 1.0]).repeat(14)[:TOTAL]
-CASES = {"digits": ("digits", True), "natural": ("natural", False)}  # views, one_pass
+CASES = {"digits": ("digits", {}), "natural": ("natural", {"one_pass": False, "threshold": "adaptive"})}
+"""Views, and settings."""
 
 
 class KilledError(Exception):
@@ -119,8 +120,8 @@ def train(joint: Joint, family: str, recorder: Recorder, accumulate: int = 1, *,
 
 
 def train_case(case: str, recorder: Recorder, accumulate: int = 1, *, compiled: bool = False) -> dict[str, Any]:
-    family, one_pass = CASES[case]
-    model = train(settings(one_pass=one_pass), family, recorder, accumulate, compiled=compiled)
+    family, changes = CASES[case]
+    model = train(settings(**changes), family, recorder, accumulate, compiled=compiled)
     return {"losses": recorder.losses, "model": model.state_dict()}
 
 
@@ -248,7 +249,7 @@ def logits_of(model: JointModel, parts: list[Tensor], one_pass: bool) -> list[Te
     return [both[:8], weak_logits, both[8:]]
 
 
-def twin(one_pass: bool, weight: float) -> tuple[list[float], dict[str, Tensor]]:
+def twin(one_pass: bool, weight: float, threshold: str) -> tuple[list[float], dict[str, Tensor]]:
     """Eqs. 8-9 written out: the losses and the moving average of the weights after STOP steps."""
     model, views, (labelled, unlabelled) = initial_model(), augmentation("natural"), streams(1)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -256,7 +257,7 @@ def twin(one_pass: bool, weight: float) -> tuple[list[float], dict[str, Tensor]]
     optimizer = torch.optim.SGD(
         [{"params": groups[0], "weight_decay": 1e-3}, {"params": groups[1]}], lr=1, momentum=0.9, nesterov=True
     )
-    losses = []
+    losses, surest, means = [], 1 / CLUSTERS, [1 / CLUSTERS] * CLUSTERS
     for step in range(STOP):
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * math.cos(7 * math.pi * step / (16 * STEPS))
@@ -270,9 +271,13 @@ def twin(one_pass: bool, weight: float) -> tuple[list[float], dict[str, Tensor]]
         loss = torch.zeros(())
         for row, sample in zip(sure, known.sample_ids.tolist(), strict=True):
             loss = loss - WEIGHTS[sample] * row[sample % CLUSTERS] / 8
+        levels = [0.4] * CLUSTERS if threshold == "fixed" else [surest * mean / max(means) for mean in means]
         for weak_row, strong_row in zip(weak.detach(), strong, strict=True):
-            if weak_row.max().exp() > 0.4:
+            if weak_row.max().exp() > levels[weak_row.argmax()]:
                 loss = loss - weight * strong_row[weak_row.argmax()] / 16
+        probs = weak.detach().exp().tolist()
+        surest = 0.9 * surest + 0.1 * sum(map(max, probs)) / 16
+        means = [0.9 * mean + 0.1 * sum(of) / 16 for mean, of in zip(means, zip(*probs, strict=True), strict=True)]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -281,12 +286,15 @@ def twin(one_pass: bool, weight: float) -> tuple[list[float], dict[str, Tensor]]
     return losses, average
 
 
-@pytest.mark.parametrize(("one_pass", "weight"), [(True, 1.0), (False, 0.3)])
-def test_losses_and_averaged_weights_are_those_of_a_plain_twin(one_pass, weight, tmp_path):
+@pytest.mark.parametrize(
+    ("one_pass", "weight", "threshold"), [(True, 1.0, "fixed"), (False, 0.3, "fixed"), (True, 0.5, "adaptive")]
+)
+def test_losses_and_averaged_weights_are_those_of_a_plain_twin(one_pass, weight, threshold, tmp_path):
     recorder = Recorder(stop=STOP, file=tmp_path / "state.pt")
+    changes = {"one_pass": one_pass, "unlabelled_weight": weight, "threshold": threshold}
     with pytest.raises(KilledError):
-        train(settings(lanes=1, one_pass=one_pass, unlabelled_weight=weight), "natural", recorder)
-    losses, average = twin(one_pass, weight)
+        train(settings(lanes=1, **changes), "natural", recorder)
+    losses, average = twin(one_pass, weight, threshold)
     assert recorder.losses == pytest.approx(losses, rel=1e-4)
     state = torch.load(tmp_path / "state.pt", weights_only=True)["ema"]
     for name, value in average.items():
