@@ -165,7 +165,10 @@ class Digits(NamedTuple):
         recipe = self.recipe.model_copy(update={"heads": heads})
         name = f"seed-{recipe.seed}-views-{views}"
         shards = open_shards(self.shards, None)
-        return publish_embedding(root, name, recipe, recipe.scale, self.encoder, shards, lambda _done, _total: None)
+        parts = root / f"{name}-parts"
+        return publish_embedding(
+            root, name, recipe, recipe.scale, self.encoder, shards, parts, lambda _done, _total: None
+        )
 
     def accuracy(self, clusters: Ints) -> float:
         return clustering_accuracy(self.classes, clusters)

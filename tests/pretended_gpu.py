@@ -54,7 +54,8 @@ def hand_out(folder: str) -> None:
     def take(rows: Any, values: Any) -> None:
         found.extend(zip(rows["sample_id"].to_pylist(), values[:, 0].astype(int).tolist(), strict=True))
 
-    map_images(actor, job, open_shards(shards, None), Scale(gpus_per_worker=0.5), take, lambda done, total: None)
+    opened = open_shards(shards, None)
+    map_images(actor, job, opened, opened.readable, Scale(gpus_per_worker=0.5), take, lambda done, total: None)
     print(json.dumps(sorted(found)))
 
 

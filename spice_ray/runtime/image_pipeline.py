@@ -107,6 +107,7 @@ class ImagePipeline(Pipeline):
                 recipe.scale,
                 encoder,
                 self.all_shards,
+                self.run.checkpoints / f"{EMBEDDING}-{print_}",
                 lambda done, total: show(Done(done, total, None)),
             )
 

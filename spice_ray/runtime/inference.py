@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from spice_ray.readers.parts import images_of, read_column
 from spice_ray.runtime.cluster import num_workers
 from spice_ray.runtime.data import Shards
 from spice_ray.runtime.memory import device_of
+from spice_ray.runtime.partial_arrays import PartialArrays
 from spice_ray.runtime.reading import read_parts
 from spice_ray.runtime.reliable import ReliableTable, read_reliable
 from spice_ray.runtime.weights import load_encoder, load_joint
@@ -111,13 +112,16 @@ def map_images(
     actor: type[EmbedImages] | type[PredictImages],
     job: InferenceJob,
     shards: Shards,
+    files: list[ShardFile],
     scale: Scale,
     take: Callable[[pa.Table, NDArray[np.float32]], None],
     report: Report,
 ) -> None:
-    """Send every shard file through a pool of ``scale.workers`` actors and hand identity and values to ``take``."""
-    files = shards.readable
-    total = sum(file.rows for file in files)
+    """Send shard files through a pool of ``scale.workers`` actors and hand identity and values of each to ``take``."""
+    total = sum(file.rows for file in shards.readable)
+    done = total - sum(file.rows for file in files)
+    if not files:
+        return
     # As map_batches, which takes no files for batches where there are GPUs.
     outputs = read_parts(shards.path, files, shards.format).map_batches_internal(
         actor,
@@ -128,7 +132,6 @@ def map_images(
         num_cpus=scale.cpus_per_worker,
         num_gpus=scale.gpus_per_worker or None,
     )
-    done = 0
     for table in outputs.iter_batches(batch_size=None, batch_format="pyarrow"):
         column = table["values"].combine_chunks()
         width = column.type.byte_width // 4
@@ -139,27 +142,41 @@ def map_images(
 
 
 def publish_embedding(
-    root: Path, print_: str, recipe: ImageRecipe, scale: Scale, encoder: Artifact, shards: Shards, report: Report
+    root: Path,
+    print_: str,
+    recipe: ImageRecipe,
+    scale: Scale,
+    encoder: Artifact,
+    shards: Shards,
+    parts: Path,
+    report: Report,
 ) -> Artifact:
-    """Embed all images and the heads' views of them, and publish the store."""
+    """Embed all images and the heads' views of them, and publish the store.
+
+    What was embedded before an interruption is kept in the folder ``parts``.
+    """
     width, views = encoder.manifest["embed_dim"], recipe.heads.views
     job = _job(encoder, recipe, shards, scale)
 
     def write(folder: Path) -> dict[str, Any]:
         # Rows of damaged files stay zero; no stage looks at them.
-        shapes = {name: (shards.num_rows, width) for name in Bank._fields} | {"strong": (views, shards.num_rows, width)}
-        bank = Bank(**{name: new_array(folder / f"{name}.npy", shape, _DTYPES[name]) for name, shape in shapes.items()})
+        shapes: dict[str, tuple[int, ...]] = {name: (shards.num_rows, width) for name in Bank._fields}
+        shapes["strong"] = (views, shards.num_rows, width)
+        partial = PartialArrays(parts, shapes, _DTYPES, scale.checkpoint_seconds)
+        bank = Bank(**partial.arrays)
+        names = {file.first_id: file.name for file in shards.readable}
 
         def take(rows: pa.Table, values: NDArray[np.float32]) -> None:
             _check_range(values)
-            ids, parts = rows["sample_id"].to_numpy(), np.split(values, 3 + views, axis=1)
-            bank.embedding[ids], bank.plain[ids], bank.weak[ids] = parts[:3]
-            for view, part in enumerate(parts[3:]):
-                bank.strong[view][ids] = part
+            ids, columns = rows["sample_id"].to_numpy(), np.split(values, 3 + views, axis=1)
+            bank.embedding[ids], bank.plain[ids], bank.weak[ids] = columns[:3]
+            for view, column in enumerate(columns[3:]):
+                bank.strong[view][ids] = column
+            partial.note(names[int(ids[0])])
 
-        map_images(EmbedImages, job, shards, scale, take, report)
-        for array in bank:
-            cast(np.memmap[Any, Any], array).flush()
+        files = [file for file in shards.readable if file.name not in partial.done]
+        map_images(EmbedImages, job, shards, files, scale, take, report)
+        partial.hand_over(folder)
         return {"num_images": shards.num_rows, "embed_dim": width, "views": views}
 
     return publish(root, EMBEDDING, print_, write)
@@ -241,7 +258,7 @@ def predict_all(
             pooled = new_array(file, (shards.num_rows, values.shape[1] - recipe.num_clusters))
         logits[ids], pooled[ids] = values[:, : recipe.num_clusters], values[:, recipe.num_clusters :]
 
-    map_images(PredictImages, _job(joint, recipe, shards, scale), shards, scale, take, report)
+    map_images(PredictImages, _job(joint, recipe, shards, scale), shards, shards.readable, scale, take, report)
     assert pooled is not None
     return Predicted(logits, pooled, identity)
 

@@ -11,15 +11,17 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from spice_ray import workflow
+from spice_ray.contracts import EMBEDDING, SHARDS, Bank
 from spice_ray.core.lanes import serve
 from spice_ray.errors import DamagedError
 from spice_ray.evaluate import evaluate
 from spice_ray.readers.source import open_source
-from spice_ray.run_folder import RunFolder
-from spice_ray.runtime.data import load_rows
+from spice_ray.run_folder import RunFolder, open_made, read_finished
+from spice_ray.runtime.data import load_rows, open_shards
 from spice_ray.runtime.image_pipeline import ImagePipeline
 from spice_ray.runtime.inference import training_ids
 from spice_ray.runtime.ingest import ingest
+from spice_ray.runtime.partial_arrays import PartialArrays
 from spice_ray.runtime.progress import SilentReporter
 from spice_ray.storage import read_json
 from tests.end_to_end.small_runs import NUM_IMAGES, Corpus, Notes, cluster, damage, small_recipe
@@ -130,6 +132,31 @@ def test_a_folder_of_the_same_bytes_gives_the_same_rows(finished: Path, corpus: 
 def forget(run: Path, *kinds: str) -> None:
     for kind in kinds:
         shutil.rmtree(next((run / "artifacts").glob(f"{kind}-*")))
+
+
+def test_an_interrupted_embedding_goes_on_with_the_files_that_it_lacks(copied: Path, corpus: Corpus) -> None:
+    record = read_finished(copied)
+    store, shards = open_made(copied, record, EMBEDDING), open_shards(open_made(copied, record, SHARDS), None)
+    whole = {name: np.load(store.file(f"{name}.npy")) for name in Bank._fields}
+    parts = copied / "checkpoints" / store.path.name
+    partial = PartialArrays(
+        parts, {name: array.shape for name, array in whole.items()}, {n: a.dtype.type for n, a in whole.items()}, 0
+    )
+    *done, first, second = shards.files
+    rows = np.concatenate([np.arange(file.first_id, file.first_id + file.rows) for file in done])
+    for file in done:
+        partial.note(file.name)
+    partial.arrays["plain"][rows] = -7  # by which these are known again
+    partial.save()
+    forget(copied, EMBEDDING)
+    cluster(corpus.parquet, copied)
+    found = np.load(store.file("plain.npy"))
+    assert (found[rows] == -7).all()
+    for file in (first, second):
+        anew = slice(file.first_id, file.first_id + file.rows)
+        assert np.array_equal(found[anew], whole["plain"][anew])
+        assert np.array_equal(np.load(store.file("strong.npy"))[:, anew], whole["strong"][:, anew])
+    assert not parts.exists()
 
 
 @pytest.mark.faults
