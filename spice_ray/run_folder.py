@@ -62,6 +62,12 @@ class RunFolder:
         """Where stages under way keep what they go on from."""
         return self.path / "checkpoints"
 
+    @property
+    def shared_checkpoints(self) -> Path:
+        """The same for all runs that have the artifacts: of what is large, and made by one of them at a time."""
+        is_local = not (mirror.is_mirrored(self.path) or mirror.is_mirrored(self.owner))
+        return self.owner / "checkpoints" if is_local else self.checkpoints
+
     def progress(self, stage: str) -> Path:
         """Where the processes of a stage say how far they are; empty at the beginning of the stage.
 

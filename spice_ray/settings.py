@@ -291,8 +291,8 @@ class Joint(Settings):
     """tau: a weak view's prediction surer than this becomes the label of the strong view."""
     threshold: Literal["fixed", "adaptive"] = "fixed"
     """fixed: tau is ``confidence``; adaptive: as sure as predictions are on average, less for clusters that are
-    predicted less, and ``confidence`` does not count (FreeMatch); the averages forget as ``ema`` says. For few given
-    labels."""
+    predicted less (FreeMatch), and ``confidence`` counts for ``patience`` alone; the averages forget as ``ema`` says.
+    For few given labels."""
     unlabelled_weight: NonNegativeFloat = 1
     """lambda: how much the unlabelled images count beside the reliable ones."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999

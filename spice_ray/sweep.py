@@ -289,6 +289,11 @@ def _check_combination(recipe: ImageRecipe, sweep: Sweep) -> None:
             f"{idle[0]} and heads.views cannot be swept together: trials with the same encoder would each train it; "
             "sweep one after the other"
         )
+    if "joint.confidence" in sweep.space and recipe.joint.threshold == "adaptive":
+        raise ConfigError(
+            "joint.confidence cannot be swept with joint.threshold=adaptive, beside which it has no effect; leave one "
+            "of them out"
+        )
     if recipe.reliable.labels is None:
         return
     if "joint.init" in sweep.trial:

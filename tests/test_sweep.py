@@ -241,6 +241,10 @@ def test_what_has_no_effect_or_no_end_is_refused(tmp_path: Path) -> None:
     space = {"pretrain.temperature": [0.1]}
     with pytest.raises(ConfigError, match=r"pretrain\.temperature cannot be swept with pretrain\.weights"):
         check_trials(digits("pretrain.weights=w.safetensors"), load_sweep(sweep_file(tmp_path, space)))
+    confidences = load_sweep(sweep_file(tmp_path, {"joint.confidence": [0.9]}))
+    with pytest.raises(ConfigError, match=r"joint\.confidence cannot be swept with joint\.threshold=adaptive"):
+        check_trials(digits("joint.threshold=adaptive"), confidences)
+    check_trials(digits(), confidences)
     supervised = digits("reliable.labels=a.parquet", "joint.init=scratch")
     judged = sweep_file(tmp_path, {"joint.ema": [0.9]}, objective="neighbor_disagreement")
     with pytest.raises(ConfigError, match=r"objective=neighbor_disagreement needs an embedding"):

@@ -56,7 +56,7 @@ def consistency_loss(weak_logits: Tensor, strong_logits: Tensor, confidence: Thr
 
 
 @torch.no_grad()
-def agreeing_share(weak_logits: Tensor, strong_logits: Tensor, confidence: Threshold) -> Tensor:
+def agreeing_share(weak_logits: Tensor, strong_logits: Tensor, confidence: float) -> Tensor:
     """Share of unlabelled rows that are confident and whose strong view has the same cluster, a scalar.
 
     Not in the paper: a sign of progress that needs no label. Arguments as in :func:`consistency_loss`.

@@ -216,10 +216,11 @@ def _training(run: Path) -> str:
 
 def _made(run: Path, record: dict[str, Any], shards: Artifact) -> str:
     seconds = [[f"{value:.1f}", stage] for stage, value in read_json(run / "timing.json").items()]
-    rejects, copies = shards.manifest["num_rejects"], shards.manifest["num_copies"]
+    rejects, copies = shards.manifest["num_rejects"], shards.manifest.get("num_copies")
+    copied = "" if copies is None else f"; {copies} are copies of others"  # shards of before do not say
     settings = escape(json.dumps(record["recipe"], indent=1))
     return f"""<h2>How it was made</h2>
-<p>{rejects} {_unit(record)} could not be read (rejects.parquet); {copies} are copies of others.</p>
+<p>{rejects} {_unit(record)} could not be read (rejects.parquet){copied}.</p>
 {table(["seconds", "stage"], seconds)}
 <details><summary>Settings</summary><pre>{settings}</pre></details>"""
 

@@ -1,5 +1,6 @@
 """The paper's three stages on images, as a straight line of artifacts."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -107,7 +108,7 @@ class ImagePipeline(Pipeline):
                 recipe.scale,
                 encoder,
                 self.all_shards,
-                self.run.checkpoints / f"{EMBEDDING}-{print_}",
+                self.run.shared_checkpoints / f"{EMBEDDING}-{print_}",
                 lambda done, total: show(Done(done, total, None)),
             )
 
@@ -227,8 +228,6 @@ class ImagePipeline(Pipeline):
             first_key: A setting of the first stage that they vary.
             neighbors: Whether trials need neighbours of each row in the embedding.
         """
-        if self.recipe.reliable.labels is not None:
-            _ = self._matched_labels  # of other images they would be found so by every trial
         if self.recipe.is_supervised or first_key.startswith("pretrain."):
             return self
         if stage_of(first_key) == "encoder":
@@ -253,20 +252,25 @@ class ImagePipeline(Pipeline):
 
     def finish(self) -> Artifact:
         """Run all stages and give the user the tables."""
-        if self.recipe.reliable.labels is not None and not self.run.is_finished:
-            self._check_labels()
-        return super().finish()
+        if not self.run.is_finished:
+            self.check_labels()
+        result = super().finish()
+        for parts in self.run.shared_checkpoints.glob(f"{EMBEDDING}-*"):
+            shutil.rmtree(parts, ignore_errors=True)  # of images of which some were found damaged later, say
+        return result
 
-    def _check_labels(self) -> None:
-        """See that stage 3 can learn from the given labels, before the work of days.
+    def check_labels(self, *, lanes_are_known: bool = True) -> None:
+        """See that stage 3 can learn from given labels, if there are any, before the work of days.
 
         Raises:
             DataError: They are of other images.
             ConfigError: They leave a lane without any.
         """
-        rows = [file.rows for file in self.train_shards.files]
-        bare = why_a_lane_is_bare(self._matched_labels.known, rows, self.recipe.joint.lanes, *GIVEN)
-        if bare is not None:
+        if self.recipe.reliable.labels is None:
+            return
+        known, rows = self._matched_labels.known, [file.rows for file in self.train_shards.files]
+        bare = why_a_lane_is_bare(known, rows, self.recipe.joint.lanes, *GIVEN)
+        if bare is not None and lanes_are_known:
             raise ConfigError(bare)
 
     def joint_job(self, round_: Round, print_: str) -> JointJob:

@@ -1,5 +1,6 @@
 """Every image once through a frozen model: Ray Data's map_batches over an actor pool, one shard file per batch."""
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ def publish_embedding(
         shapes["strong"] = (views, shards.num_rows, width)
         partial = PartialArrays(parts, shapes, _DTYPES, scale.checkpoint_seconds)
         bank = Bank(**partial.arrays)
-        names = {file.first_id: file.name for file in shards.readable}
+        whole = {(file.first_id, file.rows): file.name for file in shards.readable}
 
         def take(rows: pa.Table, values: NDArray[np.float32]) -> None:
             _check_range(values)
@@ -172,14 +173,18 @@ def publish_embedding(
             bank.embedding[ids], bank.plain[ids], bank.weak[ids] = columns[:3]
             for view, column in enumerate(columns[3:]):
                 bank.strong[view][ids] = column
-            partial.note(names[int(ids[0])])
+            name = whole.get((int(ids[0]), len(ids)))
+            if name is not None:
+                partial.note(name)
 
         files = [file for file in shards.readable if file.name not in partial.done]
         map_images(EmbedImages, job, shards, files, scale, take, report)
         partial.hand_over(folder)
         return {"num_images": shards.num_rows, "embed_dim": width, "views": views}
 
-    return publish(root, EMBEDDING, print_, write)
+    found = publish(root, EMBEDDING, print_, write)
+    shutil.rmtree(parts, ignore_errors=True)
+    return found
 
 
 def publish_assignments(

@@ -58,16 +58,21 @@ class PartialArrays:
         """From here on an interrupted attempt goes on."""
         self._flush()
         temporary = self._folder / f".{_RECORD}"
-        temporary.write_text(json.dumps(sorted(self.done)))
+        with temporary.open("w") as stream:
+            stream.write(json.dumps(sorted(self.done)))
+            stream.flush()
+            os.fsync(stream.fileno())
         os.replace(temporary, self._folder / _RECORD)
         self._due = time.monotonic() + self._seconds
 
     def hand_over(self, folder: Path) -> None:
-        """Move the files, all of which are full, to where they belong."""
-        self._flush()
+        """Put the files, all of which are full, where they belong; here they stay until they are published."""
+        self.save()
         for name in self.arrays:
-            shutil.move(self._file(name), folder / f"{name}.npy")
-        shutil.rmtree(self._folder, ignore_errors=True)
+            try:
+                os.link(self._file(name), folder / f"{name}.npy")
+            except OSError:  # another disk, or one that has no links
+                shutil.copyfile(self._file(name), folder / f"{name}.npy")
 
     def _open(self, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, type[np.floating]]) -> bool:
         """Take up what is there; gives whether it is what is wanted."""
@@ -76,7 +81,7 @@ class PartialArrays:
             for name in shapes:
                 np.load(self._file(name), mmap_mode="r")  # to write, a file that is too short would be made longer
             self.arrays = {name: np.load(self._file(name), mmap_mode="r+") for name in shapes}
-        except (OSError, ValueError, TypeError):  # there is nothing, or it lost its end with the power
+        except (OSError, EOFError, ValueError, TypeError):  # there is nothing, or it lost its end with the power
             return False
         return all(
             (array.shape, array.dtype) == (shapes[name], np.dtype(dtypes[name])) for name, array in self.arrays.items()

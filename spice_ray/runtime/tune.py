@@ -114,6 +114,8 @@ def _prepare(pipeline: ImagePipeline, sweep: Sweep) -> tuple[Trials, ImageRecipe
     first_key = min(sweep.space, key=lambda key: (STAGES.index(stage_of(key)), not key.startswith("pretrain.")))
     # What all of them share is made as the recipe says, however little of a processor a trial has.
     of_shared = {key: value for key, value in sweep.trial.items() if sweep.is_shared(key)}
+    a_trial = replace(pipeline, recipe=any_trial(pipeline.recipe, sweep))
+    a_trial.check_labels(lanes_are_known="joint.lanes" not in sweep.space)
     shared = replace(pipeline, recipe=recipe_with(pipeline.recipe, of_shared))
     shared = shared.make_shared(first_key, neighbors=_need_neighbors(pipeline.recipe, sweep))
     settled = _settled(pipeline.recipe, shared.recipe)

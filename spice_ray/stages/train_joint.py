@@ -170,7 +170,8 @@ class _FixMatch:
                 (loss / count).backward()
             told = [loss.detach()[None]]
             if self.plateau is not None:
-                told.append(agreeing_share(targets, strong_logits, threshold)[None])
+                # By the fixed threshold: adaptive ones are low at first, and so would take luck for agreement.
+                told.append(agreeing_share(targets, strong_logits, self.settings.confidence)[None])
             if self.adaptive is not None:
                 told.append(prediction_means(targets))
             figures.append(torch.cat(told))

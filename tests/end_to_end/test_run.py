@@ -148,6 +148,8 @@ def test_an_interrupted_embedding_goes_on_with_the_files_that_it_lacks(copied: P
         partial.note(file.name)
     partial.arrays["plain"][rows] = -7  # by which these are known again
     partial.save()
+    abandoned = parts.with_name(f"{EMBEDDING}-00")
+    abandoned.mkdir()
     forget(copied, EMBEDDING)
     cluster(corpus.parquet, copied)
     found = np.load(store.file("plain.npy"))
@@ -157,6 +159,7 @@ def test_an_interrupted_embedding_goes_on_with_the_files_that_it_lacks(copied: P
         assert np.array_equal(found[anew], whole["plain"][anew])
         assert np.array_equal(np.load(store.file("strong.npy"))[:, anew], whole["strong"][:, anew])
     assert not parts.exists()
+    assert not abandoned.exists()
 
 
 @pytest.mark.faults
