@@ -30,7 +30,7 @@ def test_what_is_published_can_be_opened_with_its_payload_and_record(tmp_path: P
     opened = open_artifact(tmp_path / "new" / "root", "heads", "0a")
     assert opened == made
     assert made.path.name == "heads-0a"
-    assert made.manifest == {"kind": "heads", "fingerprint": "0a", "format": 4, "rows": 3}
+    assert made.manifest == {"kind": "heads", "fingerprint": "0a", "format": 5, "rows": 3}
     assert made.file("payload.txt").read_text() == "content"
 
 
