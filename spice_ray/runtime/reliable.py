@@ -20,6 +20,9 @@ from spice_ray.settings import ADAPTIVE
 from spice_ray.stages.select_reliable import select_reliable
 from spice_ray.storage import Artifact, publish
 
+GIVEN = ("given labels", "give more")
+"""What stage 3 may learn from in the place of reliable samples, and what to do where they are too few."""
+
 
 class ReliableTable(NamedTuple):
     """The content of the artifact, by sample id."""
@@ -142,10 +145,6 @@ def why_skip(reliable: Artifact, recipe: Recipe, files: list[int], num_lanes: in
         if sum(reliable.manifest["kept"]) < sum(reliable.manifest["consistent"]):
             remedy = f"set reliable.balance=weights, {remedy}"
     return why_a_lane_is_bare(read_reliable(reliable).weights.numpy() > 0, files, num_lanes, samples, remedy)
-
-
-GIVEN = ("given labels", "give more")
-"""What stage 3 may learn from in the place of reliable samples, and what to do where they are too few."""
 
 
 def why_a_lane_is_bare(

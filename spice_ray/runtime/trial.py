@@ -27,14 +27,7 @@ from spice_ray.runtime.looks import Look, Looks
 from spice_ray.runtime.memory import device_of, image_budget
 from spice_ray.runtime.train_progress import check_loss
 from spice_ray.runtime.weights import load_head, load_joint
-from spice_ray.runtime.workers import (
-    Host,
-    augmentation_of,
-    initial_joint,
-    may_compile,
-    publish_skipped,
-    run_joint,
-)
+from spice_ray.runtime.workers import Host, augmentation_of, initial_joint, may_compile, publish_skipped, run_joint
 from spice_ray.stages.assign import predict
 from spice_ray.stages.train_heads import shares_of
 from spice_ray.storage import Artifact, fingerprint, open_artifact, publish
