@@ -1,4 +1,4 @@
-"""The few pairs of rows that can be neighbours, found with half the bits and a bound on what that can err.
+"""The few pairs of rows that can be neighbours, found in bfloat16 and by a bound on what that can err.
 
 Let s be the similarity of a pair, s' the cheap one before it is rounded to the cheap type, and |s - s'| <= E for all
 pairs of a query. If at least k rows have s' >= f, the k-th greatest s is at least f - E, and a row with s' < f - 2 E
@@ -12,16 +12,18 @@ looks at the greatest similarity of each group of columns first, and at the colu
 Shapes: N rows, D embedding width, k neighbours, b rows of a query block, t rows of a bank tile, P pairs.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-QUERIES = 512
-"""b, at most."""
+from spice_ray.core.neighbor_axes import most_compared
+from spice_ray.core.neighbor_bounds import QUERIES, Compare, Ints, TakeRows
+from spice_ray.core.neighbor_keys import no_keys, similarities_of
+
+CHEAP_PRODUCT = 0.2
+"""What a number of a product in bfloat16 costs of one in float32, where there are matrix tiles."""
 _GROUP = 16
 """Columns of a group, each a tile's sixteenth apart from the next."""
 _FOLD = 8
@@ -30,16 +32,8 @@ _SPARE = 4
 """Times k: so many of these there should be, else the k-th of them lies far below the k-th similarity."""
 _TILE = 1 << 15
 """t, at most: of wide rows fewer, so that a tile has no more values than this many of 512."""
-_MOST_PAIRS = 1024
-"""Of a query on average, which bounds the memory; and where more than sixteen times k + 16 are left, rows are too much
-alike for candidates to pay."""
-MOST_NEIGHBORS = _MOST_PAIRS // 2
-"""k, at most."""
 _KEPT_BYTES = 512 << 20
-"""Cheap rows that are kept, in float32 those of the grid; of more, each block of queries rounds them anew."""
-
-TakeRows = Callable[[slice | Tensor], Tensor]
-"""Rows by number, float32, (n, D)."""
+"""Cheap rows that are kept; of more, each block of queries rounds them anew."""
 
 
 class Pairs(NamedTuple):
@@ -60,6 +54,11 @@ class Pairs(NamedTuple):
         """Those at positions, int64."""
         return Pairs(*(values.index_select(0, positions) for values in self))
 
+    def by_query(self, queries: int) -> list[Ints]:
+        """The row numbers of each of so many queries."""
+        counts = self.queries.bincount(minlength=queries).tolist()
+        return [rows.numpy() for rows in self.rows.split(counts)]
+
 
 class Candidates(NamedTuple):
     """All pairs of a query block that can be among the nearest."""
@@ -71,49 +70,66 @@ class Candidates(NamedTuple):
     """E, float32, (b, 1)."""
 
 
-def cheap_dtype() -> torch.dtype:
-    """The type in which products are cheap on this processor."""
-    has_tiles = torch.backends.mkldnn.is_available() and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.bfloat16 if has_tiles else torch.float32
+def has_matrix_tiles() -> bool:
+    """Whether this processor has tiles for products in bfloat16."""
+    return torch.backends.mkldnn.is_available() and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 class CandidateBank:
-    """All rows, rounded to a cheap type, and what that can err."""
+    """All rows in bfloat16, and what that can err."""
 
-    def __init__(self, take: TakeRows, num_rows: int, dtype: torch.dtype) -> None:
+    def __init__(self, take: TakeRows, num_rows: int, k: int) -> None:
         """Look at all rows once, on the CPU.
 
         Args:
             take: Gives the exact rows.
             num_rows: N.
-            dtype: bfloat16 or float32.
+            k: Neighbours per row, at most ``MOST_NEIGHBORS``; where it is above N / 64, there may well be no answer.
         """
-        self._take, self._num_rows, self._dtype = take, num_rows, dtype
+        self._take, self._num_rows, self._k = take, num_rows, k
         self._tile = _tile_of(num_rows, take(slice(0, 1)).shape[1])
-        self._space = torch.empty(QUERIES, self._tile, dtype=dtype)
+        self._space = torch.empty(QUERIES, self._tile, dtype=torch.bfloat16)
         self._kept: list[Tensor] = []
         self._norm = self._loss = 0.0
         for first in range(0, num_rows, self._tile):
             rows = take(slice(first, first + self._tile))
             self._norm = max(self._norm, float(torch.linalg.vector_norm(rows, dim=1).max()))
-            self._loss = max(self._loss, float(torch.linalg.vector_norm(rows - self.rounded(rows), dim=1).max()))
-            if num_rows * rows.shape[1] * dtype.itemsize <= _KEPT_BYTES:
+            self._loss = max(self._loss, float(torch.linalg.vector_norm(rows - _rounded(rows), dim=1).max()))
+            if num_rows * rows.shape[1] * 2 <= _KEPT_BYTES:
                 self._kept.append(self._cheap_tile(rows))
 
-    def candidates(self, queries: Tensor, first: int, k: int) -> Candidates | None:
-        """All rows that can be among the k nearest of each query, itself left out.
+    def best(self, queries: Tensor, first: int, compare: Compare) -> Tensor | None:
+        """The k greatest keys of each query, falling, int64, (b, k).
 
         Args:
             queries: Exact rows, float32, (b, D).
             first: The row number of the first of them; the others follow.
-            k: At most ``MOST_NEIGHBORS``; where it is above N / 64, there may well be no answer.
+            compare: Compares rows exactly.
 
         Returns:
-            None where there would be too many of them.
+            None where there are too many candidates.
         """
-        cheap, error = queries.to(self._dtype), self.error_of(queries)
+        found = self.candidates(queries, first)
+        if found is None:
+            return None
+        pairs, number = found.pairs, len(queries)
+        is_sure = pairs.cheap >= found.floor[pairs.queries, 0]
+        best = compare(no_keys(number, self._k), queries, pairs.where(is_sure).by_query(number))
+        needed = _rounded(similarities_of(best[:, -1:]) - found.error)
+        others = pairs.where(~is_sure & (pairs.cheap >= needed[pairs.queries, 0]))
+        return compare(best, queries, others.by_query(number))
+
+    def candidates(self, queries: Tensor, first: int) -> Candidates | None:
+        """All rows that can be among the k nearest of each query, itself left out; None where there are too many.
+
+        Args:
+            queries: Exact rows, float32, (b, D).
+            first: The row number of the first of them; the others follow.
+        """
+        k = self._k
+        cheap, error = queries.bfloat16(), self.error_of(queries)
         best = torch.full((len(queries), k), -torch.inf)
-        found, room = list[Pairs](), min(_MOST_PAIRS, 16 * (k + 16)) * len(queries)
+        found, room = list[Pairs](), most_compared(k) * len(queries)
         for start in range(0, self._num_rows, self._tile):
             similarities = self._similarities(cheap, first, start)
             groups = similarities.view(len(queries), _GROUP, -1).amax(dim=1).float()
@@ -125,10 +141,6 @@ class CandidateBank:
             found.append(chosen)
         return Candidates(_left(found, self._threshold(best, error)), best[:, -1:], error)
 
-    def rounded(self, similarities: Tensor) -> Tensor:
-        """As the cheap type has them, float32."""
-        return similarities.to(self._dtype).float()
-
     def error_of(self, queries: Tensor) -> Tensor:
         """E of each query, float32, (b, 1).
 
@@ -136,7 +148,7 @@ class CandidateBank:
         it, and that exact similarities are compared as float32.
         """
         norms = torch.linalg.vector_norm(queries, dim=1, keepdim=True)
-        losses = torch.linalg.vector_norm(queries - queries.to(self._dtype).float(), dim=1, keepdim=True)
+        losses = torch.linalg.vector_norm(queries - _rounded(queries), dim=1, keepdim=True)
         of_rows = losses * (self._norm + self._loss) + norms * self._loss
         of_sums = (norms + losses) * (self._norm + self._loss) * (queries.shape[1] + 4) * 2.0**-23
         error: Tensor = 1.01 * (of_rows + of_sums)
@@ -146,14 +158,14 @@ class CandidateBank:
         """Below which no rounded similarity belongs to one of the k nearest, float32, (b, 1)."""
         floor = best[:, -1:]
         # A rounded similarity of f was at least f less half the gap to the next one.
-        unrounded = floor - floor.abs() * (torch.finfo(self._dtype).eps / 2)
-        return self.rounded(unrounded - 2 * error).clamp_min_(torch.finfo(torch.float32).min)
+        unrounded = floor - floor.abs() * (torch.finfo(torch.bfloat16).eps / 2)
+        return _rounded(unrounded - 2 * error).clamp_min_(torch.finfo(torch.float32).min)
 
     def _similarities(self, queries: Tensor, first: int, start: int) -> Tensor:
         """Those to a tile, in the cheap type, (b, t); -inf for the query itself, and where the tile has no row."""
         number = start // self._tile
         tile = self._kept[number] if self._kept else self._cheap_tile(self._take(slice(start, start + self._tile)))
-        similarities = _product(queries, tile.T, self._space[: len(queries)])
+        similarities = torch.mm(queries, tile.T, out=self._space[: len(queries)])
         similarities[:, self._num_rows - start :] = -torch.inf
         own = torch.arange(first, first + len(queries))
         own = own[(own >= start) & (own < start + self._tile)]
@@ -162,16 +174,13 @@ class CandidateBank:
 
     def _cheap_tile(self, rows: Tensor) -> Tensor:
         """In the cheap type, with zeros where the last tile has no row, (t, D)."""
-        cheap = rows.to(self._dtype)
+        cheap = rows.bfloat16()
         return cheap if len(cheap) == self._tile else F.pad(cheap, (0, 0, 0, self._tile - len(cheap)))
 
 
-def _product(queries: Tensor, rows: Tensor, out: Tensor) -> Tensor:
-    if out.dtype == torch.float32:
-        # numpy's OpenBLAS, as torch's MKL has slower code for processors of other makers than its own.
-        np.matmul(queries.numpy(), rows.numpy(), out=out.numpy())
-        return out
-    return torch.mm(queries, rows, out=out)
+def _rounded(values: Tensor) -> Tensor:
+    """As bfloat16 has them, float32."""
+    return values.bfloat16().float()
 
 
 def _tile_of(num_rows: int, width: int) -> int:

@@ -7,8 +7,13 @@ import torch
 from torch import Tensor
 
 _LOW_32_BITS = (1 << 32) - 1
-LOWEST_KEY = -0x7F800001 << 32
+_LOWEST_KEY = -0x7F800001 << 32
 """The key of similarity -inf, below that of any pair."""
+
+
+def no_keys(queries: int, k: int, device: torch.device | None = None) -> Tensor:
+    """Keys that any other is greater than, int64, (b, k)."""
+    return torch.full((queries, k), _LOWEST_KEY, dtype=torch.int64, device=device)
 
 
 def merge_tile(best: Tensor, similarities: Tensor, rows: Tensor) -> Tensor:
@@ -36,7 +41,7 @@ def merge_pairs(best: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     num_new = queries.bincount(minlength=len(best))
     place = torch.arange(len(queries), device=best.device) - (num_new.cumsum(0) - num_new)[queries]
     width = best.shape[1] + int(num_new.max())
-    merged = torch.full((len(best), width), LOWEST_KEY, dtype=torch.int64, device=best.device)
+    merged = no_keys(len(best), width, best.device)
     merged[:, : best.shape[1]] = best
     merged[queries, best.shape[1] + place] = keys
     return merged.topk(best.shape[1], dim=1).values

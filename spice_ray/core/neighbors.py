@@ -5,12 +5,14 @@ multiples of 2^-26, so that in float64 every product and every partial sum of un
 below 2), and no order of summation can matter. Images with equal embeddings are therefore exactly equally similar.
 Rounded so, float32 rows still are float32: those of at least 1/4 are such multiples anyway.
 
-Of many rows on the CPU only candidates are compared exactly (neighbor_candidates.py); the answer is the same.
+Of many rows on the CPU only those are compared exactly that a bound does not rule out (neighbor_bounds.py), or, where
+products in bfloat16 are cheap, candidates (neighbor_candidates.py); the answer is the same.
 
 Shapes: N rows, D embedding width, k neighbours, b rows of a query block, t rows of a bank tile.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,15 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spice_ray.core.neighbor_candidates import MOST_NEIGHBORS, QUERIES, CandidateBank, Candidates, Pairs, cheap_dtype
-from spice_ray.core.neighbor_keys import (
-    LOWEST_KEY,
-    keys_of,
-    merge_pairs,
-    merge_tile,
-    row_numbers_of,
-    similarities_of,
-)
+from spice_ray.core.neighbor_axes import MOST_NEIGHBORS, choose_axes, sample_of
+from spice_ray.core.neighbor_bounds import QUERIES, BoundBank, Compare, Ints, fetch, space_for_rows
+from spice_ray.core.neighbor_candidates import CHEAP_PRODUCT, CandidateBank, has_matrix_tiles
+from spice_ray.core.neighbor_keys import keys_of, merge_pairs, merge_tile, no_keys, row_numbers_of, similarities_of
 
 
 class ChosenRows(Protocol):
@@ -43,12 +40,20 @@ class ChosenRows(Protocol):
         ...
 
 
+class Bank(Protocol):
+    """All rows, made ready for comparing few of them exactly."""
+
+    def best(self, queries: Tensor, first: int, compare: Compare) -> Tensor | None:
+        """The k greatest keys of consecutive rows, falling, int64, (b, k); None where too many are left."""
+        ...
+
+
 Rows = Tensor | NDArray[Any] | ChosenRows
 
 _ROUNDER = 1.5 * (1 << 26)
 """What is added to it in float64 is rounded to a multiple of 2^-26."""
 _MANY_ROWS = 1 << 11
-"""From so many on candidates are the faster way."""
+"""From so many on comparing few of them exactly is the faster way."""
 _KEPT_BYTES = 512 << 20
 """Rows on the grid that are kept; those of more are rounded whenever they are looked at."""
 
@@ -82,10 +87,12 @@ class NeighborSearch:
         _check_finite(embeddings, block)
         self._embeddings, self._k, self._block, self._device = embeddings, k, block, device
         self._grid: Tensor | None = None
-        self._bank: CandidateBank | None = None
-        if self._may_use_candidates():
+        self._on_axes: Bank | None = None
+        self._uses_banks = self._may_use_banks()
+        if self._uses_banks:
             self._grid = self._kept_grid()
-            self._bank = CandidateBank(self._rows, len(embeddings), cheap_dtype())
+            self._space, self._space64 = space_for_rows(np.float32), space_for_rows(np.float64)
+            self._on_axes = self._bank_on_axes()
 
     def find(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The neighbours of the rows from ``start`` to ``stop``, the same to the bit whoever asks for the others.
@@ -101,7 +108,7 @@ class NeighborSearch:
             raise ValueError(f"rows {start} to {stop} of {len(self._embeddings)}; the range must lie within the rows")
         indices = torch.empty((stop - start, self._k), dtype=torch.int64)
         similarities = torch.empty((stop - start, self._k), dtype=torch.float32)
-        step = self._block if self._bank is None else QUERIES
+        step = QUERIES if self._uses_banks else self._block
         for first in range(start, stop, step):
             keys = self._best_keys(first, min(first + step, stop))
             found = slice(first - start, first - start + len(keys))
@@ -111,33 +118,56 @@ class NeighborSearch:
     def _best_keys(self, first: int, last: int) -> Tensor:
         """The k greatest keys of each row from ``first`` to ``last``, falling, (b, k)."""
         queries = self._rows(slice(first, last))
-        if self._bank is not None:
-            found = self._bank.candidates(queries, first, self._k)
-            if found is not None:
-                return self._best_of(found, self._bank, queries)
+        for bank in self._banks():
+            best = bank.best(queries, first, self._compare)
+            if best is not None:
+                return best
         starts = range(0, len(queries), self._block)
         return torch.cat([self._best_of_all(queries[start : start + self._block], first + start) for start in starts])
 
-    def _may_use_candidates(self) -> bool:
+    def _banks(self) -> Iterator[Bank]:
+        """The fastest first, and another for queries of which that leaves too many rows."""
+        if self._on_axes is not None:
+            yield self._on_axes
+        if self._uses_banks:
+            yield self._whole_rows
+
+    def _bank_on_axes(self) -> Bank | None:
+        num_rows, width = self._embeddings.shape
+        product = CHEAP_PRODUCT if has_matrix_tiles() else 1.0
+        axes = choose_axes(self._rows(sample_of(num_rows)), num_rows, self._k, product)
+        return None if axes is None else BoundBank(self._rows, (num_rows, width), self._k, axes)
+
+    @cached_property
+    def _whole_rows(self) -> Bank:
+        num_rows, width = self._embeddings.shape
+        if has_matrix_tiles():
+            return CandidateBank(self._rows, num_rows, self._k)
+        return BoundBank(self._rows, (num_rows, width), self._k, axes=None)
+
+    def _may_use_banks(self) -> bool:
         at_home = isinstance(self._embeddings, Tensor) and self._embeddings.device.type != "cpu"
         on_cpu = not at_home if self._device is None else self._device.type == "cpu"
         return on_cpu and len(self._embeddings) >= max(_MANY_ROWS, 64 * self._k) and self._k <= MOST_NEIGHBORS
 
-    def _best_of(self, found: Candidates, bank: CandidateBank, queries: Tensor) -> Tensor:
-        """The greatest keys of candidates."""
-        pairs, exact = found.pairs, queries.double()
-        none = torch.full((len(queries), self._k), LOWEST_KEY)
-        is_sure = pairs.cheap >= found.floor[pairs.queries, 0]
-        best = self._merge(none, pairs.where(is_sure), exact)
-        needed = bank.rounded(similarities_of(best[:, -1:]) - found.error)
-        return self._merge(best, pairs.where(~is_sure & (pairs.cheap >= needed[pairs.queries, 0])), exact)
-
-    def _merge(self, best: Tensor, pairs: Pairs, queries: Tensor) -> Tensor:
-        """With pairs that are compared exactly: few of each query, so that one query at a time is the fastest."""
-        counts = pairs.queries.bincount(minlength=len(queries)).tolist()
-        exact = [self._exact(rows) @ query for query, rows in zip(queries, pairs.rows.split(counts), strict=True)]
+    def _compare(self, best: Tensor, queries: Tensor, rows: Sequence[Ints]) -> Tensor:
+        """Merge rows with the greatest keys so far: few of each query, so that one query at a time is the fastest."""
+        exact = [self._fetched(some) @ query for query, some in zip(queries.double().numpy(), rows, strict=True)]
+        of_query = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(some) for some in rows]))
         # Adding zero gives -0.0 the bits of 0.0.
-        return merge_pairs(best, pairs.queries, keys_of(torch.cat(exact).float().add_(0.0), pairs.rows))
+        similarities = torch.from_numpy(np.concatenate(exact)).float().add_(0.0)
+        return merge_pairs(best, of_query, keys_of(similarities, torch.from_numpy(np.concatenate(rows))))
+
+    def _fetched(self, rows: Ints) -> NDArray[np.float64]:
+        """Rows on the grid, float64, (n, D)."""
+        if self._grid is None:
+            return self._exact(torch.from_numpy(rows)).numpy()
+        found = fetch(self._grid.numpy(), rows, self._space)
+        # Into memory that is there already, as they were fetched.
+        is_small = found.size <= self._space64.size
+        exact = self._space64[: found.size].reshape(found.shape) if is_small else np.empty(found.shape)
+        np.copyto(exact, found)
+        return exact
 
     def _best_of_all(self, queries: Tensor, first: int) -> Tensor:
         own = torch.arange(first, first + len(queries), device=queries.device)
@@ -150,9 +180,7 @@ class NeighborSearch:
     def _exact(self, chosen: slice | Tensor) -> Tensor:
         """The same in float64."""
         if self._grid is not None:
-            # index_select copies whole rows, which an index by a tensor does not.
-            rows = self._grid[chosen] if isinstance(chosen, slice) else self._grid.index_select(0, chosen)
-            return rows.double()
+            return self._grid[chosen].double()
         return on_grid(take_rows(self._embeddings, chosen).to(device=self._device))
 
     def _kept_grid(self) -> Tensor | None:
@@ -194,7 +222,7 @@ def best_of_all(
         k: Neighbours per row.
         block: Rows of a tile.
     """
-    best = torch.full((len(queries), k), LOWEST_KEY, device=queries.device)
+    best = no_keys(len(queries), k, queries.device)
     for first in range(0, num_rows, block):
         tile = exact(slice(first, first + block))
         similarities = (queries @ tile.T).float().add_(0.0)
