@@ -1,8 +1,10 @@
 """Exact nearest neighbours beside faiss's flat index, each on one thread.
 
-    PYTHONPATH=build/peers .venv/bin/python benchmarks/neighbors.py --out benchmarks/results/neighbors.json
+    .venv/bin/python benchmarks/neighbors.py --out benchmarks/results/neighbors.json
+    .venv/bin/python benchmarks/neighbors.py --embedding RUN/artifacts/embedding-*/embedding.npy
 
-Rows are unit vectors in ten broad clusters. On the CPU both look for the neighbours of the same query rows among all
+Rows are those of an embedding, or unit vectors in ten broad clusters that are as long in all directions, which is the
+worst case: few axes tell nothing about them. On the CPU both look for the neighbours of the same query rows among all
 rows, in turn; seconds include what each prepares of the rows. The peer's lists are compared with ours, and ours with a
 product of all pairs in float64 where ``--checked`` queries are concerned: lists may differ only where two similarities
 lie within 1e-6.
@@ -34,6 +36,13 @@ def make_rows(num_rows: int, width: int) -> Tensor:
     centres = torch.randn(CLUSTERS, width, generator=generator)
     chosen = torch.randint(CLUSTERS, (num_rows,), generator=generator)
     return F.normalize(centres[chosen] + torch.randn(num_rows, width, generator=generator))
+
+
+def rows_of(options: argparse.Namespace) -> Tensor:
+    """Unit rows, float32, (N, D)."""
+    if options.embedding is None:
+        return make_rows(options.rows, options.width)
+    return F.normalize(torch.from_numpy(np.load(options.embedding)).float())
 
 
 def timed(work: Any) -> tuple[Any, float]:
@@ -82,7 +91,8 @@ def without_own(found: Tensor) -> Tensor:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    rows, k, queries = make_rows(options.rows, options.width), options.neighbors, min(options.queries, options.rows)
+    rows, k = rows_of(options), options.neighbors
+    queries = min(options.queries, len(rows))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds: dict[str, list[float]] = {"spice_ray": [], "faiss": []}
     for number in range(options.rounds + 1):
@@ -96,8 +106,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             seconds["faiss"] += [peer] if number else []
     checked = min(options.checked, queries)
     return {
-        "rows": options.rows,
-        "width": options.width,
+        "embedding": options.embedding is not None,
+        "rows": len(rows),
+        "width": rows.shape[1],
         "neighbors": k,
         "queries": queries,
         "seconds": seconds,
@@ -113,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=60_000)
     parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--embedding", type=Path, help="a .npy file of rows, in the place of generated ones")
     parser.add_argument("--neighbors", type=int, default=100)
     parser.add_argument("--queries", type=int, default=60_000, help="rows whose neighbours are looked for")
     parser.add_argument("--checked", type=int, default=2_000, help="queries compared with float64")

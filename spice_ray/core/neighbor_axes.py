@@ -19,10 +19,9 @@ from torch import Tensor
 
 Floats = NDArray[np.float32]
 
-MOST_BOUNDED = 1 << 13
-"""Rows of a query, on average, that the first bound may leave, which bounds the memory."""
-_MOST_COMPARED = 1 << 10
-MOST_NEIGHBORS = _MOST_COMPARED // 2
+MOST_BOUNDED = 1 << 14
+"""Rows of a query that the first bound may leave."""
+MOST_NEIGHBORS = 1 << 9
 """k, at most."""
 _SAMPLE = 1 << 13
 """Rows, at most, by which axes are chosen."""
@@ -31,10 +30,10 @@ TRIED = 64
 _LOST = 2
 """Of ``TRIED`` bets."""
 _FEWEST_ROWS = 1 << 14
-_ROWS_PER_WIDTH = 16
+_ROWS_PER_WIDTH = 32
 """N / D, at least: else finding the axes costs more than they save."""
 _WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
-_KEPT_BYTES = 384 << 20
+_KEPT_BYTES = 256 << 20
 """Of all rows' coordinates."""
 
 # What the steps cost, in multiply-adds of a float32 product, as it was measured on an AMD EPYC with AVX2.
@@ -74,7 +73,7 @@ class Axes:
             first: d of the bound that is looked at first.
             last: d of the one that is looked at then; above ``first``.
         """
-        self._vectors, self._first, self.width = vectors[:, :last], first, last
+        self._vectors, self.first, self.width = vectors[:, :last].contiguous(), first, last
 
     def project(self, rows: Tensor) -> Projected:
         """The rows, float32, (n, D), on the axes."""
@@ -88,12 +87,17 @@ class Axes:
             joined = torch.cat((coordinates[:, start:stop], left.sqrt() * (1 + 2.0**-20)), dim=1)
             return np.asarray(joined.float())
 
-        return Projected(with_rest(0, self._first), with_rest(self._first, self.width))
+        return Projected(with_rest(0, self.first), with_rest(self.first, self.width))
 
 
 def most_compared(k: int) -> int:
-    """Rows of a query, on average, that may be compared exactly: more take too much memory, or are too much alike."""
-    return min(_MOST_COMPARED, 16 * (k + 16))
+    """Rows of a query that may be compared exactly: where more are left, rows are too much alike for that to pay."""
+    return 16 * (k + 16)
+
+
+def may_have_axes(num_rows: int, width: int) -> bool:
+    """Whether there are rows enough for finding axes to pay."""
+    return num_rows >= max(_FEWEST_ROWS, _ROWS_PER_WIDTH * width)
 
 
 def sample_of(num_rows: int) -> Tensor:
@@ -114,16 +118,14 @@ def choose_axes(sample: Tensor, num_rows: int, k: int, cost_of_product: float) -
         None where comparing all rows is about as fast.
     """
     width = sample.shape[1]
-    if num_rows < max(_FEWEST_ROWS, _ROWS_PER_WIDTH * width):
-        return None
     vectors = torch.linalg.eigh((sample.T @ sample).double()).eigenvectors.flip(1)
     widths = [one for one in _WIDTHS if one < width and num_rows * (one + 2) * 4 <= _KEPT_BYTES]
     most = _GAIN * (num_rows * (cost_of_product * width + _CHOOSING) + k * _COMPARED * width)
     chosen = None
     for (first, last), left in _rows_left(sample, vectors, widths, max(1, round(k * len(sample) / num_rows))).items():
         bounded, compared = (max(k, share * num_rows) for share in left)
-        # By half, as other rows may be harder than the sample.
-        if bounded > MOST_BOUNDED / 2 or compared > most_compared(k) / 2:
+        # By a quarter, as this is their mean.
+        if bounded > MOST_BOUNDED / 4 or compared > most_compared(k) / 4:
             continue
         cost = _ON_AXES + num_rows * (first + 1 + _CHOOSING) + _PROJECTED * width * last
         cost += bounded * _FETCHED * (last - first + _PER_ROW) + compared * _COMPARED * width
@@ -161,7 +163,9 @@ def margin_of(over: Tensor, rests: Tensor) -> float:
         over: By how much it is above, of each of a few queries.
         rests: Of these, of the same shape.
     """
-    return float((over / rests).flatten().sort().values[-_LOST])
+    # Rows of length 0 have no rest, and tell nothing. Folding may have made a k-th bound too low.
+    margins = (over / rests)[rests > 0].clamp_min(0).sort().values
+    return float(margins[-_LOST]) if len(margins) >= _LOST else 0.0
 
 
 def _share(mask: Tensor) -> float:

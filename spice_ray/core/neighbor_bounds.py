@@ -5,13 +5,13 @@ float32 of whole rows, where few axes do not tell rows apart. A row whose bound 
 not among its k nearest; the others are compared exactly.
 
 The k-th similarity is not known beforehand, so it is bet on. A bet is won if the k-th similarity that was found reaches
-it, as no row that does was left out. Else what was found is the next bet, which cannot be lost.
+it, as no row that does was left out. Else what was found, if at least k rows were, is a bet that cannot be lost.
 
 Shapes: N rows, D embedding width, k neighbours, d axes, b queries, t rows of a bank tile.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from spice_ray.core.neighbor_axes import MOST_BOUNDED, TRIED, Axes, Floats, Proj
 from spice_ray.core.neighbor_keys import no_keys, similarities_of
 
 Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+Reached = tuple[Ints, Floats]
+"""Row numbers and the bounds on their similarities."""
 TakeRows = Callable[[slice | Tensor], Tensor]
 """Rows by number, float32, (n, D)."""
 Compare = Callable[[Tensor, Tensor, Sequence[Ints]], Tensor]
@@ -34,25 +37,14 @@ _TILE = 1 << 16
 """t, at most."""
 _TILE_NUMBERS = 1 << 24
 """Of a tile that is taken anew for each block."""
-_CHUNK = 1 << 10
-"""Rows that are projected at once: few, so that the memory of one chunk serves the next."""
+_CHUNK = 1 << 11
+"""Rows that are looked at once when a bank is made: few, so that the memory of one chunk serves the next."""
 _KEPT_BYTES = 512 << 20
 """Whole rows that are kept; of more, each block of queries takes them anew."""
 _FOLD = 64
 """Columns, at most, whose greatest stands for them where the k-th bound is looked for."""
 _SPARE = 8
 """Times k: so many of these there should be, else the k-th of them lies far below the k-th bound."""
-_STEP = 1e-3
-"""By how much a bet is lowered at least."""
-
-
-class _Left(NamedTuple):
-    """What is left of all rows."""
-
-    bets: Floats
-    """(b,)"""
-    rows: list[Ints]
-    """Those of each query that reach its bet."""
 
 
 class BoundBank:
@@ -64,78 +56,107 @@ class BoundBank:
         Args:
             take: Gives the exact rows.
             shape: N and D.
-            k: Neighbours per row, at most ``MOST_NEIGHBORS``; where it is above N / 64, there may well be no answer.
+            k: Neighbours per row, at most ``MOST_NEIGHBORS``.
             axes: Any; the better they fit, the fewer rows are left. None: whole rows.
         """
         self._take, self._num_rows, self._k, self._axes = take, shape[0], k, axes
         is_kept = axes is not None or self._num_rows * shape[1] * 4 <= _KEPT_BYTES
         self._tile = min(self._num_rows, _TILE if is_kept else max(1, _TILE_NUMBERS // shape[1]))
         self._space = np.empty((QUERIES, self._tile), np.float32)
-        self._fetch_space = space_for_rows(np.float32)
         self._first: list[Floats] = []
-        further, longest = list[Floats](), 0.0
-        for start in range(0, self._num_rows, self._tile):
-            rows = take(slice(start, start + self._tile))
-            longest = max(longest, float(torch.linalg.vector_norm(rows, dim=1).max()))
-            if axes is not None:
-                projected = [axes.project(chunk) for chunk in rows.split(_CHUNK)]
-                self._first.append(np.concatenate([one.first for one in projected]))
-                further.append(np.concatenate([one.further for one in projected]))
-            elif is_kept:
-                self._first.append(rows.numpy())
         if axes is not None:
+            self._first, self._further = self._projected_rows(axes)
             self._rests = np.concatenate([numbers[:, -1] for numbers in self._first])
-            self._further = np.concatenate(further)
-        # What sums of so many products lose in float32, and as much again, so that half of it is to spare: for
-        # coordinates that were rounded to float32, and because similarities are compared as float32.
+            self._fetch_space = space_for_rows(np.float32)
+        elif is_kept:
+            self._first = [take(slice(start, start + self._tile)).numpy() for start in self._starts]
+        # With its rest a row on the first axes is as long as it is.
+        numbers = (torch.from_numpy(some) for some in self._first) if self._first else self._chunks()
+        longest = max(float(torch.linalg.vector_norm(some, dim=1).max()) for some in numbers)
+        # A sum of n products of float32 errs by n 2^-24 of the rows' lengths at most, and coordinates that were rounded
+        # to float32 by a few more. This is twice as much: a similarity that is rounded to float32 is in reach too.
         self._error = np.float32(longest**2 * ((shape[1] if axes is None else axes.width) + 16) * 2.0**-23)
         self._margin = 0.0 if axes is None else self._choose_margin()
 
-    def best(self, queries: Tensor, first: int, compare: Compare) -> Tensor | None:
-        """The k greatest keys of each query, falling, int64, (b, k).
+    def best(self, queries: Tensor, own: Ints, compare: Compare) -> tuple[Tensor, Flags]:
+        """The k greatest keys of each query, falling, int64, (b, k), and which of them are known to be these, (b,).
+
+        The others are of queries that leave too many rows, or whose bets were much too high.
 
         Args:
             queries: Exact rows, float32, (b, D).
-            first: The row number of the first of them; the others follow.
+            own: Their row numbers, (b,).
             compare: Compares rows exactly.
-
-        Returns:
-            None where too many rows are left.
         """
-        projected, own = self._project(queries), np.arange(first, first + len(queries))
-        best, bets = no_keys(len(queries), self._k), np.full(len(queries), np.nan, np.float32)
-        open_, step = np.arange(len(queries)), _STEP
-        while len(open_):
-            part = Projected(*(numbers[open_] for numbers in projected))
-            left = self._left(part, own[open_], bets[open_])
-            if left is None:
-                return None
-            best[open_] = compare(no_keys(len(open_), self._k), queries[open_], left.rows)
-            kth = similarities_of(best[open_, -1]).numpy()
-            # Fewer than k were found: that says no more than that the bet was much too high.
-            bets[open_] = np.where(np.isfinite(kth), kth, left.bets - step)
-            open_, step = open_[kth < left.bets], 2 * step
-        return best
+        projected = self._project(queries)
+        best, bets, is_few = self._found(queries, projected, own, None, compare)
+        kth = similarities_of(best[:, -1]).numpy()
+        is_known = is_few & (kth >= bets)
+        # What was found of these bounds the k-th similarity from below: no bet is needed any more.
+        lost = np.flatnonzero(is_few & ~is_known & np.isfinite(kth))
+        if len(lost):
+            part = Projected(*(numbers[lost] for numbers in projected))
+            best[lost], _, is_known[lost] = self._found(queries[lost], part, own[lost], kth[lost], compare)
+        return best, is_known
 
-    def _left(self, projected: Projected, own: Ints, bets: Floats) -> _Left | None:
-        """All rows that reach the bets; where there is none (nan), it is made."""
-        bets, is_open, room = bets.copy(), np.isnan(bets), MOST_BOUNDED * len(own)
+    @property
+    def _starts(self) -> range:
+        """The first row of each tile."""
+        return range(0, self._num_rows, self._tile)
+
+    def _chunks(self) -> Iterator[Tensor]:
+        """All rows, some at a time."""
+        return (self._take(slice(start, start + _CHUNK)) for start in range(0, self._num_rows, _CHUNK))
+
+    def _projected_rows(self, axes: Axes) -> tuple[list[Floats], Floats]:
+        """All rows on the first axes, by tiles, and on the further ones."""
+        first = np.empty((self._num_rows, axes.first + 1), np.float32)
+        further = np.empty((self._num_rows, axes.width - axes.first + 1), np.float32)
+        for number, rows in enumerate(self._chunks()):
+            chunk = slice(number * _CHUNK, number * _CHUNK + len(rows))
+            first[chunk], further[chunk] = axes.project(rows)
+        return [first[start : start + self._tile] for start in self._starts], further
+
+    def _found(
+        self, queries: Tensor, projected: Projected, own: Ints, bets: Floats | None, compare: Compare
+    ) -> tuple[Tensor, Floats, Flags]:
+        """The greatest keys of the rows that reach the bets, these, and which queries have few enough such rows."""
+        bets, rows = self._in_reach(projected, own, bets)
+        is_few = np.array([some is not None for some in rows])
+        few = np.flatnonzero(is_few)
+        best = no_keys(len(own), self._k)
+        if len(few):
+            best[few] = compare(no_keys(len(few), self._k), queries[few], [some for some in rows if some is not None])
+        return best, bets, is_few
+
+    def _in_reach(self, projected: Projected, own: Ints, bets: Floats | None) -> tuple[Floats, list[Ints | None]]:
+        """The bets, made where there are none, and the rows that reach them; none where a query has too many."""
+        makes_bets = bets is None
+        bets = np.full(len(own), -np.inf, np.float32) if bets is None else bets
         highest = np.full((len(own), self._k), -np.inf, np.float32)
-        found: list[list[tuple[Ints, Floats]]] = [[] for _ in own]
-        for start in range(0, self._num_rows, self._tile):
+        found: list[list[Reached] | None] = [[] for _ in own]
+        for start in self._starts:
             bounds = self._bounds(projected.first, own, start)
             # One query at a time, as its bounds fit into a processor's cache.
-            for query, bound in enumerate(bounds):
-                if is_open[query]:
-                    highest[query] = self._highest(highest[query], bound)
-                    bets[query] = highest[query, 0] - self._margin * projected.first[query, -1] - self._error
-                columns = np.flatnonzero(bound >= bets[query] - self._error)
-                room -= len(columns)
-                if room < 0:
-                    return None
-                found[query].append((columns + start, bound.take(columns)))
-        rows = [self._reach(projected, query, parts, bets[query]) for query, parts in enumerate(found)]
-        return None if sum(map(len, rows)) > most_compared(self._k) * len(own) else _Left(bets, rows)
+            for query, (bound, parts) in enumerate(zip(bounds, found, strict=True)):
+                if parts is None:
+                    continue
+                before = highest[query].copy()
+                for fold in (self._fold(len(bound)), 1):
+                    if makes_bets:
+                        highest[query] = self._highest(before, bound, fold)
+                        bets[query] = highest[query, 0] - self._margin * projected.first[query, -1] - self._error
+                    columns = np.flatnonzero(bound >= bets[query] - self._error)
+                    # Else the greatest of folded columns may have told little.
+                    if len(columns) <= MOST_BOUNDED or not makes_bets:
+                        break
+                parts.append((columns + start, bound.take(columns)))
+                if sum(len(rows) for rows, _ in parts) > MOST_BOUNDED:
+                    found[query] = None
+        return bets, [
+            None if parts is None else self._few(projected, query, parts, bets[query])
+            for query, parts in enumerate(found)
+        ]
 
     def _bounds(self, queries: Floats, own: Ints, start: int) -> Floats:
         """On the similarities to a tile's rows, -inf for the query itself, (b, t)."""
@@ -146,23 +167,29 @@ class BoundBank:
         bounds[inside, own[inside] - start] = -np.inf
         return bounds
 
-    def _highest(self, highest: Floats, bounds: Floats) -> Floats:
+    def _fold(self, columns: int) -> int:
+        return max(1, min(_FOLD, columns // (_SPARE * self._k)))
+
+    def _highest(self, highest: Floats, bounds: Floats, fold: int) -> Floats:
         """The k greatest so far, or a little less, the least of them first, (k,)."""
-        fold = max(1, min(_FOLD, len(bounds) // (_SPARE * self._k)))
         folded = bounds[: len(bounds) // fold * fold].reshape(fold, -1).max(0)
         return np.partition(np.concatenate((highest, folded)), -self._k)[-self._k :]
 
-    def _reach(self, projected: Projected, query: int, parts: list[tuple[Ints, Floats]], bet: np.float32) -> Ints:
-        """Of a query's rows those that reach its bet on all axes."""
+    def _few(self, projected: Projected, query: int, parts: list[Reached], bet: np.float32) -> Ints | None:
+        """Of a query's rows those that reach its bet on all axes; none where they are too many."""
         rows, bounds = (np.concatenate(one) for one in zip(*parts, strict=True))
-        if len(parts) > 1:  # the bet was lower when the first were chosen
-            stays = np.flatnonzero(bounds >= bet - self._error)
-            rows, bounds = rows.take(stays), bounds.take(stays)
+        least = bet - self._error
         if self._axes is None:
-            return rows
-        similarities = bounds - projected.first[query, -1] * self._rests.take(rows)
-        bounds = similarities + fetch(self._further, rows, self._fetch_space) @ projected.further[query]
-        return rows.take(np.flatnonzero(bounds >= bet - self._error))
+            if len(bounds) > self._k:  # folding may have made the bet too low
+                least = max(least, np.partition(bounds, -self._k)[-self._k] - 2 * self._error)
+        else:
+            if len(parts) > 1:  # the bet was lower when the first were chosen
+                stays = np.flatnonzero(bounds >= least)
+                rows, bounds = rows.take(stays), bounds.take(stays)
+            similarities = bounds - projected.first[query, -1] * self._rests.take(rows)
+            bounds = similarities + products(self._further, rows, projected.further[query], self._fetch_space)
+        rows = rows.take(np.flatnonzero(bounds >= least))
+        return rows if len(rows) <= most_compared(self._k) else None
 
     def _project(self, queries: Tensor) -> Projected:
         if self._axes is None:
@@ -175,12 +202,13 @@ class BoundBank:
         queries = self._take(torch.from_numpy(own))
         projected = self._project(queries).first
         highest = np.full((TRIED, self._k), -np.inf, np.float32)
-        nearest = torch.full((TRIED, self._k + 1), -torch.inf)  # the query itself too
-        for start in range(0, self._num_rows, self._tile):
+        for start in self._starts:
             bounds = self._bounds(projected, own, start)
-            highest = np.stack([self._highest(*one) for one in zip(highest, bounds, strict=True)])
-            similarities = queries @ self._take(slice(start, start + self._tile)).T
-            nearest = torch.cat((nearest, similarities), dim=1).topk(self._k + 1, dim=1).values
+            fold = self._fold(bounds.shape[1])
+            highest = np.stack([self._highest(*one, fold) for one in zip(highest, bounds, strict=True)])
+        nearest = torch.full((TRIED, self._k + 1), -torch.inf)  # the query itself too
+        for rows in self._chunks():
+            nearest = torch.cat((nearest, queries @ rows.T), dim=1).topk(self._k + 1, dim=1).values
         rests = torch.from_numpy(projected[:, -1])
         return margin_of(torch.from_numpy(highest[:, 0]) - nearest[:, -1], rests)
 
@@ -190,10 +218,21 @@ def space_for_rows(dtype: type[Any]) -> NDArray[Any]:
     return np.empty(1 << 20, dtype)
 
 
+def products(bank: Floats, rows: Ints, query: Floats, space: Floats) -> Floats:
+    """Of a query with the chosen rows, (n,)."""
+    most = space.size // bank.shape[1]
+    parts = [fetch(bank, rows[start : start + most], space) @ query for start in range(0, len(rows), most)]
+    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+
 def fetch(bank: Floats, rows: Ints, space: Floats) -> Floats:
-    """The chosen rows, in memory that is there already: new memory the system would have to give page by page."""
+    """The chosen rows, in memory that is there already: new memory the system would have to give page by page.
+
+    Args:
+        bank: (N, D).
+        rows: At most as many as fit the space, (n,).
+        space: What ``space_for_rows`` gave.
+    """
     shape = len(rows), bank.shape[1]
-    if shape[0] * shape[1] > space.size:
-        return bank.take(rows, 0)
     # Clipped, as numpy would else take them into new memory first to see whether all are there.
     return bank.take(rows, 0, out=space[: shape[0] * shape[1]].reshape(shape), mode="clip")

@@ -14,12 +14,13 @@ Shapes: N rows, D embedding width, k neighbours, b rows of a query block, t rows
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from spice_ray.core.neighbor_axes import most_compared
-from spice_ray.core.neighbor_bounds import QUERIES, Compare, Ints, TakeRows
+from spice_ray.core.neighbor_bounds import QUERIES, Compare, Flags, Ints, TakeRows
 from spice_ray.core.neighbor_keys import no_keys, similarities_of
 
 CHEAP_PRODUCT = 0.2
@@ -84,7 +85,7 @@ class CandidateBank:
         Args:
             take: Gives the exact rows.
             num_rows: N.
-            k: Neighbours per row, at most ``MOST_NEIGHBORS``; where it is above N / 64, there may well be no answer.
+            k: Neighbours per row.
         """
         self._take, self._num_rows, self._k = take, num_rows, k
         self._tile = _tile_of(num_rows, take(slice(0, 1)).shape[1])
@@ -98,40 +99,39 @@ class CandidateBank:
             if num_rows * rows.shape[1] * 2 <= _KEPT_BYTES:
                 self._kept.append(self._cheap_tile(rows))
 
-    def best(self, queries: Tensor, first: int, compare: Compare) -> Tensor | None:
-        """The k greatest keys of each query, falling, int64, (b, k).
+    def best(self, queries: Tensor, own: Ints, compare: Compare) -> tuple[Tensor, Flags]:
+        """The k greatest keys of each query, falling, int64, (b, k), and which of them are known to be these, (b,).
+
+        None of them where there are too many candidates.
 
         Args:
             queries: Exact rows, float32, (b, D).
-            first: The row number of the first of them; the others follow.
+            own: Their row numbers, (b,).
             compare: Compares rows exactly.
-
-        Returns:
-            None where there are too many candidates.
         """
-        found = self.candidates(queries, first)
+        found = self.candidates(queries, torch.from_numpy(own))
         if found is None:
-            return None
+            return no_keys(len(own), self._k), np.zeros(len(own), np.bool_)
         pairs, number = found.pairs, len(queries)
         is_sure = pairs.cheap >= found.floor[pairs.queries, 0]
         best = compare(no_keys(number, self._k), queries, pairs.where(is_sure).by_query(number))
         needed = _rounded(similarities_of(best[:, -1:]) - found.error)
         others = pairs.where(~is_sure & (pairs.cheap >= needed[pairs.queries, 0]))
-        return compare(best, queries, others.by_query(number))
+        return compare(best, queries, others.by_query(number)), np.ones(number, np.bool_)
 
-    def candidates(self, queries: Tensor, first: int) -> Candidates | None:
+    def candidates(self, queries: Tensor, own: Tensor) -> Candidates | None:
         """All rows that can be among the k nearest of each query, itself left out; None where there are too many.
 
         Args:
             queries: Exact rows, float32, (b, D).
-            first: The row number of the first of them; the others follow.
+            own: Their row numbers, int64, (b,).
         """
         k = self._k
         cheap, error = queries.bfloat16(), self.error_of(queries)
         best = torch.full((len(queries), k), -torch.inf)
         found, room = list[Pairs](), most_compared(k) * len(queries)
         for start in range(0, self._num_rows, self._tile):
-            similarities = self._similarities(cheap, first, start)
+            similarities = self._similarities(cheap, own, start)
             groups = similarities.view(len(queries), _GROUP, -1).amax(dim=1).float()
             best = torch.cat((best, _folded(groups, k)), dim=1).topk(k, dim=1).values
             chosen = _above(similarities, groups, self._threshold(best, error), start, room)
@@ -161,15 +161,14 @@ class CandidateBank:
         unrounded = floor - floor.abs() * (torch.finfo(torch.bfloat16).eps / 2)
         return _rounded(unrounded - 2 * error).clamp_min_(torch.finfo(torch.float32).min)
 
-    def _similarities(self, queries: Tensor, first: int, start: int) -> Tensor:
+    def _similarities(self, queries: Tensor, own: Tensor, start: int) -> Tensor:
         """Those to a tile, in the cheap type, (b, t); -inf for the query itself, and where the tile has no row."""
         number = start // self._tile
         tile = self._kept[number] if self._kept else self._cheap_tile(self._take(slice(start, start + self._tile)))
         similarities = torch.mm(queries, tile.T, out=self._space[: len(queries)])
         similarities[:, self._num_rows - start :] = -torch.inf
-        own = torch.arange(first, first + len(queries))
-        own = own[(own >= start) & (own < start + self._tile)]
-        similarities[own - first, own - start] = -torch.inf
+        inside = ((own >= start) & (own < start + self._tile)).nonzero()[:, 0]
+        similarities[inside, own[inside] - start] = -torch.inf
         return similarities
 
     def _cheap_tile(self, rows: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spice_ray.core.neighbor_axes import MOST_NEIGHBORS, choose_axes, sample_of
-from spice_ray.core.neighbor_bounds import QUERIES, BoundBank, Compare, Ints, fetch, space_for_rows
+from spice_ray.core.neighbor_axes import MOST_NEIGHBORS, choose_axes, may_have_axes, sample_of
+from spice_ray.core.neighbor_bounds import QUERIES, BoundBank, Compare, Flags, Ints, fetch, space_for_rows
 from spice_ray.core.neighbor_candidates import CHEAP_PRODUCT, CandidateBank, has_matrix_tiles
 from spice_ray.core.neighbor_keys import keys_of, merge_pairs, merge_tile, no_keys, row_numbers_of, similarities_of
 
@@ -43,8 +43,8 @@ class ChosenRows(Protocol):
 class Bank(Protocol):
     """All rows, made ready for comparing few of them exactly."""
 
-    def best(self, queries: Tensor, first: int, compare: Compare) -> Tensor | None:
-        """The k greatest keys of consecutive rows, falling, int64, (b, k); None where too many are left."""
+    def best(self, queries: Tensor, own: Ints, compare: Compare) -> tuple[Tensor, Flags]:
+        """The k greatest keys of rows, falling, int64, (b, k), and which of them are known to be these, (b,)."""
         ...
 
 
@@ -117,13 +117,19 @@ class NeighborSearch:
 
     def _best_keys(self, first: int, last: int) -> Tensor:
         """The k greatest keys of each row from ``first`` to ``last``, falling, (b, k)."""
-        queries = self._rows(slice(first, last))
+        queries, own = self._rows(slice(first, last)), np.arange(first, last)
+        best, open_ = no_keys(len(own), self._k), np.arange(len(own))
         for bank in self._banks():
-            best = bank.best(queries, first, self._compare)
-            if best is not None:
+            found, is_known = bank.best(queries[open_], own[open_], self._compare)
+            best[open_[is_known]] = found[is_known]
+            open_ = open_[~is_known]
+            if bank is self._on_axes and len(open_) > len(own) / 2:
+                self._on_axes = None  # the sample by which axes were chosen did not show what all rows are like
+            if not len(open_):
                 return best
-        starts = range(0, len(queries), self._block)
-        return torch.cat([self._best_of_all(queries[start : start + self._block], first + start) for start in starts])
+        for some in torch.from_numpy(open_).split(self._block):
+            best[some] = self._best_of_all(queries[some], torch.from_numpy(own)[some]).to(best.device)
+        return best
 
     def _banks(self) -> Iterator[Bank]:
         """The fastest first, and another for queries of which that leaves too many rows."""
@@ -134,6 +140,8 @@ class NeighborSearch:
 
     def _bank_on_axes(self) -> Bank | None:
         num_rows, width = self._embeddings.shape
+        if not may_have_axes(num_rows, width):
+            return None
         product = CHEAP_PRODUCT if has_matrix_tiles() else 1.0
         axes = choose_axes(self._rows(sample_of(num_rows)), num_rows, self._k, product)
         return None if axes is None else BoundBank(self._rows, (num_rows, width), self._k, axes)
@@ -152,11 +160,17 @@ class NeighborSearch:
 
     def _compare(self, best: Tensor, queries: Tensor, rows: Sequence[Ints]) -> Tensor:
         """Merge rows with the greatest keys so far: few of each query, so that one query at a time is the fastest."""
-        exact = [self._fetched(some) @ query for query, some in zip(queries.double().numpy(), rows, strict=True)]
+        exact = [self._products(some, query) for query, some in zip(queries.double().numpy(), rows, strict=True)]
         of_query = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(some) for some in rows]))
         # Adding zero gives -0.0 the bits of 0.0.
         similarities = torch.from_numpy(np.concatenate(exact)).float().add_(0.0)
         return merge_pairs(best, of_query, keys_of(similarities, torch.from_numpy(np.concatenate(rows))))
+
+    def _products(self, rows: Ints, query: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of a query with rows, some at a time, (n,)."""
+        most = max(1, self._space.size // len(query))
+        parts = [self._fetched(rows[start : start + most]) @ query for start in range(0, len(rows), most)]
+        return np.concatenate(parts) if parts else np.empty(0)
 
     def _fetched(self, rows: Ints) -> NDArray[np.float64]:
         """Rows on the grid, float64, (n, D)."""
@@ -164,13 +178,12 @@ class NeighborSearch:
             return self._exact(torch.from_numpy(rows)).numpy()
         found = fetch(self._grid.numpy(), rows, self._space)
         # Into memory that is there already, as they were fetched.
-        is_small = found.size <= self._space64.size
-        exact = self._space64[: found.size].reshape(found.shape) if is_small else np.empty(found.shape)
+        exact = self._space64[: found.size].reshape(found.shape)
         np.copyto(exact, found)
         return exact
 
-    def _best_of_all(self, queries: Tensor, first: int) -> Tensor:
-        own = torch.arange(first, first + len(queries), device=queries.device)
+    def _best_of_all(self, queries: Tensor, own: Tensor) -> Tensor:
+        own = own.to(queries.device)
         return best_of_all(queries.double(), own, self._exact, len(self._embeddings), self._k, self._block)
 
     def _rows(self, chosen: slice | Tensor) -> Tensor:

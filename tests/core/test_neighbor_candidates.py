@@ -16,7 +16,9 @@ def random_rows(num_rows: int, width: int, spread: float = 1.0) -> Tensor:
 
 
 def candidates(rows: Tensor, queries: slice, k: int) -> Pairs | None:
-    found = CandidateBank(rows.__getitem__, len(rows), k).candidates(rows[queries], queries.start)
+    found = CandidateBank(rows.__getitem__, len(rows), k).candidates(
+        rows[queries], torch.arange(queries.start, queries.stop)
+    )
     return None if found is None else found.pairs
 
 
