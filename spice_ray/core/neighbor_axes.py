@@ -39,11 +39,11 @@ _KEPT_BYTES = 256 << 20
 # What the steps cost, in multiply-adds of a float32 product, as it was measured on an AMD EPYC with AVX2.
 _CHOOSING = 33.0
 """Per row: the pass over a query's bounds."""
-_FETCHED = 25.0
+_FETCHED = 35.0
 """Per coordinate of a row that is left, which is fetched by itself."""
 _PER_ROW = 10.0
 """Coordinates that cost as much as handling a row that is left."""
-_COMPARED = 46.0
+_COMPARED = 60.0
 """Per coordinate of a row that is compared in float64."""
 _PROJECTED = 4.0
 """Per coordinate and axis, in float64, by each of two workers that share the rows."""

@@ -76,7 +76,7 @@ class NeighborSearch:
             k: Neighbours per row, in 1..N-1.
             block: Rows of a query block and of the tiles that it meets one by one. Working memory is at most about
                 ``block`` * (100 * ``block`` + 40 * D + 40 * k) bytes whatever N is; there is never an N x N array. For
-                many rows on the CPU it is at most about 1 GB instead, and the block is a fixed one.
+                many rows on the CPU it is at most about 1.2 GB instead, and the block is a fixed one.
             device: Where to compute; none: where the embeddings are. Rows come to it tile by tile, so put a tensor
                 there beforehand if it fits.
 

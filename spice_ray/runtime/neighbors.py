@@ -29,7 +29,7 @@ otherwise, so that sweeps over fewer of them share what was found."""
 _PRODUCTS_OF_PART = 2e11
 """Of two numbers each: some seconds of a processor. What takes no more in all is done by the driver, sooner than an
 actor would have been started."""
-_BYTES_OF_ACTOR = 1.5e9
+_BYTES_OF_ACTOR = 1.7e9
 """At most: rows that it keeps, what it compares at once, and torch."""
 _STEP = 1024
 _GPU_BLOCK = 4096
