@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/neighbors.py --out benchmarks/results/neighbors.json
     .venv/bin/python benchmarks/neighbors.py --embedding RUN/artifacts/embedding-*/embedding.npy
 
-Rows are those of an embedding, or unit vectors in ten broad clusters that are as long in all directions, which is the
-worst case: few axes tell nothing about them. On the CPU both look for the neighbours of the same query rows among all
+Rows are those of an embedding, or unit vectors in ten broad clusters of which few axes tell nothing, so that whole rows
+are compared. On the CPU both look for the neighbours of the same query rows among all
 rows, in turn; seconds include what each prepares of the rows. The peer's lists are compared with ours, and ours with a
 product of all pairs in float64 where ``--checked`` queries are concerned: lists may differ only where two similarities
 lie within 1e-6.

@@ -28,10 +28,11 @@ _SAMPLE = 1 << 13
 TRIED = 64
 """Queries among them."""
 _LOST = 2
-"""Of ``TRIED`` bets."""
+"""Of ``TRIED`` bets: that with the second greatest margin is just won."""
 _FEWEST_ROWS = 1 << 14
 _ROWS_PER_WIDTH = 32
 """N / D, at least: else finding the axes costs more than they save."""
+_WIDEST = 4096
 _WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 _KEPT_BYTES = 256 << 20
 """Of all rows' coordinates."""
@@ -46,7 +47,8 @@ _PER_ROW = 10.0
 _COMPARED = 60.0
 """Per coordinate of a row that is compared in float64."""
 _PROJECTED = 4.0
-"""Per coordinate and axis, in float64, by each of two workers that share the rows."""
+"""Per coordinate and axis of a row, in float64: all rows are projected by each of the workers, of which two are taken
+to share the queries."""
 _ON_AXES = 2.4e6
 """Per query, whatever is left."""
 _GAIN = 0.9
@@ -96,8 +98,8 @@ def most_compared(k: int) -> int:
 
 
 def may_have_axes(num_rows: int, width: int) -> bool:
-    """Whether there are rows enough for finding axes to pay."""
-    return num_rows >= max(_FEWEST_ROWS, _ROWS_PER_WIDTH * width)
+    """Whether there are rows enough for finding axes to pay, and few enough axes to be found in little memory."""
+    return width <= _WIDEST and num_rows >= max(_FEWEST_ROWS, _ROWS_PER_WIDTH * width)
 
 
 def sample_of(num_rows: int) -> Tensor:
@@ -141,7 +143,7 @@ def _rows_left(
     queries = slice(None, None, len(sample) // TRIED)
     nearest = (sample[queries] @ sample.T).topk(rank + 1, dim=1).values[:, -1:]  # itself too
     coordinates = sample @ vectors.float()
-    rests = (sample.square().sum(1, keepdim=True) - coordinates.square().cumsum(1)).clamp_min_(1e-12).sqrt_()
+    rests = (sample.square().sum(1, keepdim=True) - coordinates.square().cumsum(1)).clamp_min_(0).sqrt_()
     bounds, bets = dict[int, Tensor](), dict[int, Tensor]()
     for width in widths:
         rest = rests[:, width - 1]

@@ -39,7 +39,7 @@ _TILE_NUMBERS = 1 << 24
 """Of a tile that is taken anew for each block."""
 _CHUNK = 1 << 11
 """Rows that are looked at once when a bank is made: few, so that the memory of one chunk serves the next."""
-_KEPT_BYTES = 512 << 20
+KEPT_BYTES = 512 << 20
 """Whole rows that are kept; of more, each block of queries takes them anew."""
 _FOLD = 64
 """Columns, at most, whose greatest stands for them where the k-th bound is looked for."""
@@ -60,7 +60,7 @@ class BoundBank:
             axes: Any; the better they fit, the fewer rows are left. None: whole rows.
         """
         self._take, self._num_rows, self._k, self._axes = take, shape[0], k, axes
-        is_kept = axes is not None or self._num_rows * shape[1] * 4 <= _KEPT_BYTES
+        is_kept = axes is not None or self._num_rows * shape[1] * 4 <= KEPT_BYTES
         self._tile = min(self._num_rows, _TILE if is_kept else max(1, _TILE_NUMBERS // shape[1]))
         self._space = np.empty((QUERIES, self._tile), np.float32)
         self._first: list[Floats] = []

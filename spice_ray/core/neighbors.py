@@ -21,7 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spice_ray.core.neighbor_axes import MOST_NEIGHBORS, choose_axes, may_have_axes, sample_of
-from spice_ray.core.neighbor_bounds import QUERIES, BoundBank, Compare, Flags, Ints, fetch, space_for_rows
+from spice_ray.core.neighbor_bounds import (
+    KEPT_BYTES,
+    QUERIES,
+    BoundBank,
+    Compare,
+    Flags,
+    Ints,
+    fetch,
+    space_for_rows,
+)
 from spice_ray.core.neighbor_candidates import CHEAP_PRODUCT, CandidateBank, has_matrix_tiles
 from spice_ray.core.neighbor_keys import keys_of, merge_pairs, merge_tile, no_keys, row_numbers_of, similarities_of
 
@@ -54,8 +63,6 @@ _ROUNDER = 1.5 * (1 << 26)
 """What is added to it in float64 is rounded to a multiple of 2^-26."""
 _MANY_ROWS = 1 << 11
 """From so many on comparing few of them exactly is the faster way."""
-_KEPT_BYTES = 512 << 20
-"""Rows on the grid that are kept; those of more are rounded whenever they are looked at."""
 
 
 def exact_neighbors(
@@ -76,7 +83,7 @@ class NeighborSearch:
             k: Neighbours per row, in 1..N-1.
             block: Rows of a query block and of the tiles that it meets one by one. Working memory is at most about
                 ``block`` * (100 * ``block`` + 40 * D + 40 * k) bytes whatever N is; there is never an N x N array. For
-                many rows on the CPU it is at most about 1.2 GB instead, and the block is a fixed one.
+                many rows on the CPU it is at most about 1.5 GB instead, and the block is a fixed one.
             device: Where to compute; none: where the embeddings are. Rows come to it tile by tile, so put a tensor
                 there beforehand if it fits.
 
@@ -88,6 +95,7 @@ class NeighborSearch:
         self._embeddings, self._k, self._block, self._device = embeddings, k, block, device
         self._grid: Tensor | None = None
         self._on_axes: Bank | None = None
+        self._asked = self._left_open = 0
         self._uses_banks = self._may_use_banks()
         if self._uses_banks:
             self._grid = self._kept_grid()
@@ -123,13 +131,19 @@ class NeighborSearch:
             found, is_known = bank.best(queries[open_], own[open_], self._compare)
             best[open_[is_known]] = found[is_known]
             open_ = open_[~is_known]
-            if bank is self._on_axes and len(open_) > len(own) / 2:
-                self._on_axes = None  # the sample by which axes were chosen did not show what all rows are like
+            if bank is self._on_axes:
+                self._note_left_open(len(open_), len(own))
             if not len(open_):
                 return best
         for some in torch.from_numpy(open_).split(self._block):
             best[some] = self._best_of_all(queries[some], torch.from_numpy(own)[some]).to(best.device)
         return best
+
+    def _note_left_open(self, left: int, asked: int) -> None:
+        """Look no more at axes that tell too little: the sample they were chosen by did not show what rows are like."""
+        self._left_open, self._asked = self._left_open + left, self._asked + asked
+        if self._asked >= QUERIES and self._left_open > self._asked / 2:
+            self._on_axes = None
 
     def _banks(self) -> Iterator[Bank]:
         """The fastest first, and another for queries of which that leaves too many rows."""
@@ -142,7 +156,8 @@ class NeighborSearch:
         num_rows, width = self._embeddings.shape
         if not may_have_axes(num_rows, width):
             return None
-        product = CHEAP_PRODUCT if has_matrix_tiles() else 1.0
+        # Threads share a product, and little else.
+        product = (CHEAP_PRODUCT if has_matrix_tiles() else 1.0) / torch.get_num_threads()
         axes = choose_axes(self._rows(sample_of(num_rows)), num_rows, self._k, product)
         return None if axes is None else BoundBank(self._rows, (num_rows, width), self._k, axes)
 
@@ -199,7 +214,7 @@ class NeighborSearch:
     def _kept_grid(self) -> Tensor | None:
         """All rows on the grid, where they are not too many."""
         num_rows, width = self._embeddings.shape
-        if num_rows * width * 4 > _KEPT_BYTES:
+        if num_rows * width * 4 > KEPT_BYTES:
             return None
         grid = torch.empty(num_rows, width)
         for first in range(0, num_rows, self._block):

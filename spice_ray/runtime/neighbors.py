@@ -29,7 +29,7 @@ otherwise, so that sweeps over fewer of them share what was found."""
 _PRODUCTS_OF_PART = 2e11
 """Of two numbers each: some seconds of a processor. What takes no more in all is done by the driver, sooner than an
 actor would have been started."""
-_BYTES_OF_ACTOR = 1.7e9
+_BYTES_OF_ACTOR = 2e9
 """At most: rows that it keeps, what it compares at once, and torch."""
 _STEP = 1024
 _GPU_BLOCK = 4096
@@ -107,7 +107,7 @@ class NeighborActor:
 
     def __init__(self, job: NeighborJob, cpus: int, gpus: float) -> None:
         torch.set_num_threads(cpus)
-        threadpool_limits(cpus, "blas")  # numpy's, which multiplies where there are no matrix tiles
+        threadpool_limits(cpus, "blas")  # numpy's, which multiplies too
         self._parts = PartFinder(job, gpus)
 
     def find(self, start: int) -> int:

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,19 +171,40 @@ def test_axes_are_chosen_where_they_pay() -> None:
 def test_rows_of_length_0_tell_nothing_of_the_margin() -> None:
     over = torch.arange(64.0)
     rests = torch.ones(64)
-    assert margin_of(over, rests) == 62  # two of 64 bets may be lost
+    assert margin_of(over, rests) == 62
     rests[60:] = 0
     assert margin_of(over, rests) == 58
     assert margin_of(torch.zeros(64), torch.zeros(64)) == 0  # nan, if they were divided
     assert margin_of(-over, torch.full((64,), 1e-6)) == 0
 
 
-@pytest.mark.parametrize("zeros", [slice(0, None, 31), slice(0, None, 2)])
-def test_neighbors_are_right_among_rows_of_length_0(zeros: slice) -> None:
-    rows = flat_rows(17_000, 256, 8, noise=0.02)
+@pytest.mark.parametrize("zeros", [[3 * 265, 9 * 265], slice(0, None, 2)])  # two of those by which is bet
+def test_neighbors_are_right_among_rows_of_length_0(zeros: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbors, "CHEAP_PRODUCT", 1.0)
+    rows = flat_rows(17_000, 512, 8, noise=0.02)
     rows[zeros] = 0
     search = NeighborSearch(rows, 10)
+    assert search._on_axes is not None or zeros == slice(0, None, 2)
+    assert_right(search.find(780, 820), rows, 780, 820, 10)
+
+
+def test_rows_that_do_not_fit_the_space_are_compared_some_at_a_time() -> None:
+    rows = flat_rows(5_000, 64, 6)
+    search = NeighborSearch(rows, 10)
+    search._space, search._space64 = np.empty(64 * 3 + 1, np.float32), np.empty(64 * 3 + 1)
     assert_right(search.find(3, 40), rows, 3, 40, 10)
+
+
+def test_axes_that_tell_too_little_are_looked_at_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbors, "CHEAP_PRODUCT", 1.0)
+    rows = flat_rows(17_000, 512, 8, noise=0.02)
+    search = NeighborSearch(rows, 10)
+    monkeypatch.setattr(neighbor_bounds, "MOST_BOUNDED", 5)
+    search.find(0, 100)
+    assert search._on_axes is not None  # so few queries may be odd ones
+    search.find(100, 600)
+    assert search._on_axes is None
+    assert_right(search.find(600, 610), rows, 600, 610, 10)
 
 
 def test_a_query_that_leaves_too_many_does_not_hold_up_the_others() -> None:
@@ -203,14 +225,17 @@ def test_rows_that_are_nearly_alike_are_told_apart_by_the_error_that_is_allowed_
     for axes in (None, Axes(principal(rows), 10, 15), Axes(principal(rows), 15, 16)):
         bank = BoundBank(rows.__getitem__, (3000, 16), 40, axes)
         assert_bank_right(bank, rows, slice(0, 200), 40, 0.9)
-        bank._error = np.float32(0)
-        with pytest.raises(AssertionError):
-            assert_bank_right(bank, rows, slice(0, 200), 40)
+    whole = BoundBank(rows.__getitem__, (3000, 16), 40, None)
+    whole._error = np.float32(0)
+    with pytest.raises(AssertionError):
+        assert_bank_right(whole, rows, slice(0, 500), 40, 0)
 
 
 @pytest.mark.parametrize("kept", [0, 1 << 30])
 def test_views_that_follow_each_other_are_compared_among_few(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbor_bounds, "_KEPT_BYTES", kept)
+    monkeypatch.setattr(neighbor_bounds, "KEPT_BYTES", kept)
+    monkeypatch.setattr(neighbor_bounds, "_TILE_NUMBERS", 48 * 5000)
+    monkeypatch.setattr(neighbor_bounds, "MOST_BOUNDED", 1000)
     images = random_rows(256, 48)
     rows = on_grid(normalize(images.repeat(64, 1) + 1e-3 * random_rows(256 * 64, 48)))  # their columns fold into one
     bank = BoundBank(rows.__getitem__, (256 * 64, 48), 20, None)
@@ -232,7 +257,7 @@ def test_rows_are_fetched_as_many_as_fit_at_a_time() -> None:
 def test_neighbors_of_rows_on_few_axes_are_those_of_a_whole_float64_product(
     kept: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(neighbors, "_KEPT_BYTES", kept)
+    monkeypatch.setattr(neighbors, "KEPT_BYTES", kept)
     monkeypatch.setattr(neighbors, "CHEAP_PRODUCT", 1.0)
     rows = flat_rows(20_000, 512, 8, noise=0.02)
     rows[15_000:15_200] = rows[:200]
@@ -252,7 +277,6 @@ def test_neighbors_of_rows_on_few_axes_are_those_of_a_whole_float64_product(
     monkeypatch.setattr(neighbor_bounds, "MOST_BOUNDED", 30)  # as if the sample had not shown what other rows are like
     assert_right(search.find(15_000, 15_050), rows, 15_000, 15_050, 20)
     assert [bank is on_axes for bank in asked[2:]] == ([True] if tiles else [True, False])
-    assert search._on_axes is None
 
 
 def test_products_in_float32_are_not_less_where_torch_may_round_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +351,10 @@ def only_few(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mapped_rows_of_several_tiles_are_found_among_few_alone(
     kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(neighbors, "_KEPT_BYTES", kept)
+    monkeypatch.setattr(neighbors, "KEPT_BYTES", kept)
+    monkeypatch.setattr(neighbor_bounds, "KEPT_BYTES", kept)
+    monkeypatch.setattr(neighbor_bounds, "_TILE", 16_384)
+    monkeypatch.setattr(neighbor_bounds, "_TILE_NUMBERS", 24 * 9_000)
     rows = random_rows(40_001, 24)
     np.save(tmp_path / "rows.npy", rows.numpy())
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
@@ -341,7 +368,7 @@ def test_mapped_rows_of_several_tiles_are_found_among_few_alone(
 @pytest.mark.parametrize("kept", [0, 1 << 30])
 @pytest.mark.parametrize("num_rows", [300, 17_000])
 def test_float64_rows_are_taken_as_float32(num_rows: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbors, "_KEPT_BYTES", kept)
+    monkeypatch.setattr(neighbors, "KEPT_BYTES", kept)
     rows = normalize(torch.randn(num_rows, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
     found = NeighborSearch(rows.requires_grad_(), 5).find(0, 50)
     expected = slow_neighbors(rows.detach().float(), 0, 50, 5)
@@ -353,7 +380,10 @@ def test_float64_rows_are_taken_as_float32(num_rows: int, kept: int, monkeypatch
 def test_memory_is_bounded_where_few_rows_are_compared(axes: int) -> None:
     program = f"""
 import resource, torch
+from spice_ray.core import neighbors
 from spice_ray.core.neighbors import NeighborSearch
+neighbors.CHEAP_PRODUCT = 1.0
+torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
 rows = torch.randn(200_000, 64, generator=generator)
 rows[:, {axes}:] *= 0.01
