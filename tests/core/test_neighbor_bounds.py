@@ -1,7 +1,7 @@
 import itertools
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,15 @@ from spice_ray.core.neighbor_axes import Axes, choose_axes, margin_of, may_have_
 from spice_ray.core.neighbor_bounds import BoundBank, Flags, Ints, fetch, products
 from spice_ray.core.neighbor_keys import keys_of, merge_pairs, row_numbers_of, similarities_of
 from spice_ray.core.neighbors import NeighborSearch, exact_neighbors
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Which rows are worth axes depends on the threads that share a product."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def random_rows(num_rows: int, width: int, spread: float = 1.0) -> Tensor:
