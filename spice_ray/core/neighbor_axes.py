@@ -33,6 +33,7 @@ _FEWEST_ROWS = 1 << 14
 _ROWS_PER_WIDTH = 32
 """N / D, at least: else finding the axes costs more than they save."""
 _WIDEST = 4096
+"""D, at most, as finding axes takes memory for D x D numbers."""
 _WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 _KEPT_BYTES = 256 << 20
 """Of all rows' coordinates."""
