@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spice_ray.core.neighbor_keys import keys_of, row_numbers_of, similarities_of
-from spice_ray.core.neighbors import Rows, best_of_all, on_grid, take_rows
+from spice_ray.core.neighbor_rows import Rows, on_grid, take_rows
+from spice_ray.core.neighbors import best_of_all
 from spice_ray.core.order import permutation
 
 RECALL = 0.99

@@ -10,7 +10,7 @@ it, as no row that does was left out. Else what was found, if at least k rows we
 Shapes: N rows, D embedding width, k neighbours, d axes, b queries, t rows of a bank tile.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spice_ray.core.neighbor_axes import MOST_BOUNDED, TRIED, Axes, Floats, Projected, margin_of, most_compared
-from spice_ray.core.neighbor_keys import no_keys, similarities_of
+from spice_ray.core.neighbor_keys import keys_of, merge_pairs, no_keys, similarities_of
 
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -27,9 +27,9 @@ Reached = tuple[Ints, Floats]
 """Row numbers and the bounds on their similarities."""
 TakeRows = Callable[[slice | Tensor], Tensor]
 """Rows by number, float32, (n, D)."""
-Compare = Callable[[Tensor, Tensor, Sequence[Ints]], Tensor]
-"""Merges rows with the greatest keys found so far, by exact similarities: keys, int64, (b, k); queries, float32,
-(b, D); and the numbers of each query's rows."""
+Compare = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Exact similarities of pairs, float32, none of them -0.0, (P,): of queries, float32, (b, D); which of them a pair
+belongs to, rising, int64, (P,); and row numbers, int64, (P,)."""
 
 QUERIES = 512
 """b, at most."""
@@ -39,7 +39,7 @@ _TILE_NUMBERS = 1 << 24
 """Of a tile that is taken anew for each block."""
 _CHUNK = 1 << 11
 """Rows that are looked at once when a bank is made: few, so that the memory of one chunk serves the next."""
-KEPT_BYTES = 512 << 20
+_KEPT_BYTES = 512 << 20
 """Whole rows that are kept; of more, each block of queries takes them anew."""
 _FOLD = 64
 """Columns, at most, whose greatest stands for them where the k-th bound is looked for."""
@@ -60,7 +60,7 @@ class BoundBank:
             axes: Any; the better they fit, the fewer rows are left. None: whole rows.
         """
         self._take, self._num_rows, self._k, self._axes = take, shape[0], k, axes
-        is_kept = axes is not None or self._num_rows * shape[1] * 4 <= KEPT_BYTES
+        is_kept = axes is not None or self._num_rows * shape[1] * 4 <= _KEPT_BYTES
         self._tile = min(self._num_rows, _TILE if is_kept else max(1, _TILE_NUMBERS // shape[1]))
         self._space = np.empty((QUERIES, self._tile), np.float32)
         self._first: list[Floats] = []
@@ -78,26 +78,26 @@ class BoundBank:
         self._error = np.float32(longest**2 * ((shape[1] if axes is None else axes.width) + 16) * 2.0**-23)
         self._margin = 0.0 if axes is None else self._choose_margin()
 
-    def best(self, queries: Tensor, own: Ints, compare: Compare) -> tuple[Tensor, Flags]:
-        """The k greatest keys of each query, falling, int64, (b, k), and which of them are known to be these, (b,).
+    def best(self, queries: Tensor, own: Tensor, compare: Compare) -> tuple[Tensor, Tensor]:
+        """The k greatest keys of each query, falling, int64, (b, k), and which are known to be these, bool, (b,).
 
         The others are of queries that leave too many rows, or whose bets were much too high.
 
         Args:
             queries: Exact rows, float32, (b, D).
-            own: Their row numbers, (b,).
+            own: Their row numbers, int64, (b,).
             compare: Compares rows exactly.
         """
-        projected = self._project(queries)
-        best, bets, is_few = self._found(queries, projected, own, None, compare)
+        projected, numbers = self._project(queries), own.numpy()
+        best, bets, is_few = self._found(queries, projected, numbers, None, compare)
         kth = similarities_of(best[:, -1]).numpy()
         is_known = is_few & (kth >= bets)
         # What was found of these bounds the k-th similarity from below: no bet is needed any more.
         lost = np.flatnonzero(is_few & ~is_known & np.isfinite(kth))
         if len(lost):
-            part = Projected(*(numbers[lost] for numbers in projected))
-            best[lost], _, is_known[lost] = self._found(queries[lost], part, own[lost], kth[lost], compare)
-        return best, is_known
+            part = Projected(*(coordinates[lost] for coordinates in projected))
+            best[lost], _, is_known[lost] = self._found(queries[lost], part, numbers[lost], kth[lost], compare)
+        return best, torch.from_numpy(is_known)
 
     @property
     def _starts(self) -> range:
@@ -123,11 +123,11 @@ class BoundBank:
         """The greatest keys of the rows that reach the bets, these, and which queries have few enough such rows."""
         bets, rows = self._in_reach(projected, own, bets)
         is_few = np.array([some is not None for some in rows])
-        few = np.flatnonzero(is_few)
-        best = no_keys(len(own), self._k)
-        if len(few):
-            best[few] = compare(no_keys(len(few), self._k), queries[few], [some for some in rows if some is not None])
-        return best, bets, is_few
+        few = [np.empty(0, np.int64) if some is None else some for some in rows]
+        of_query = torch.arange(len(few)).repeat_interleave(torch.tensor([len(some) for some in few]))
+        reached = torch.from_numpy(np.concatenate(few))
+        keys = keys_of(compare(queries, of_query, reached), reached)
+        return merge_pairs(no_keys(len(own), self._k), of_query, keys), bets, is_few
 
     def _in_reach(self, projected: Projected, own: Ints, bets: Floats | None) -> tuple[Floats, list[Ints | None]]:
         """The bets, made where there are none, and the rows that reach them; none where a query has too many."""

@@ -1,4 +1,4 @@
-"""The few pairs of rows that can be neighbours, found in bfloat16 and by a bound on what that can err.
+"""The few pairs of rows that can be neighbours, found in half precision and by a bound on what that can err.
 
 Let s be the similarity of a pair, s' the cheap one before it is rounded to the cheap type, and |s - s'| <= E for all
 pairs of a query. If at least k rows have s' >= f, the k-th greatest s is at least f - E, and a row with s' < f - 2 E
@@ -6,22 +6,27 @@ cannot be among the k. What is left, hardly more than k rows, is compared exactl
 k-th greatest s is known to be g, a row with s' < g - E is out too. Rounding to the cheap type keeps the order, so the
 tests may be made on rounded values.
 
-A product in bfloat16 costs a fifth of one in float32 on a processor with matrix tiles; then choosing is what costs. It
-looks at the greatest similarity of each group of columns first, and at the columns of few groups.
+What E takes for granted of how a device sums up is checked on every pair that is compared; a query of which one errs
+more is said not to be known.
+
+A product in half precision costs a fifth of one in float32 on a processor with matrix tiles, and far less of one in
+float64 on a GPU; then choosing is what costs. It looks at the greatest similarity of each group of columns first, and
+at the columns of few groups.
 
 Shapes: N rows, D embedding width, k neighbours, b rows of a query block, t rows of a bank tile, P pairs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from spice_ray.core.neighbor_axes import most_compared
-from spice_ray.core.neighbor_bounds import QUERIES, Compare, Flags, Ints, TakeRows
-from spice_ray.core.neighbor_keys import no_keys, similarities_of
+from spice_ray.core.neighbor_bounds import QUERIES, Compare, TakeRows
+from spice_ray.core.neighbor_keys import keys_of, merge_pairs, no_keys, similarities_of
 
 CHEAP_PRODUCT = 0.2
 """What a number of a product in bfloat16 costs of one in float32, where there are matrix tiles."""
@@ -31,10 +36,27 @@ _FOLD = 8
 """Groups, at most, whose greatest stands for them where the floor is looked for."""
 _SPARE = 4
 """Times k: so many of these there should be, else the k-th of them lies far below the k-th similarity."""
-_TILE = 1 << 15
-"""t, at most: of wide rows fewer, so that a tile has no more values than this many of 512."""
-_KEPT_BYTES = 512 << 20
-"""Cheap rows that are kept; of more, each block of queries rounds them anew."""
+_PAIRS_AT_ONCE = 1 << 23
+"""Of a query block, on a GPU."""
+
+
+class Cheap(NamedTuple):
+    """How similarities are computed cheaply."""
+
+    dtype: torch.dtype
+    """Of rows, and of similarities once they are summed up in float32."""
+    error_of_sum: float
+    """What a sum may lose for each of its products, of the lengths of both rows."""
+    queries: int
+    """b, at most."""
+    tile: int
+    """t, at most: of wide rows fewer, so that a tile has no more values than this many of 512."""
+
+
+ON_TILES = Cheap(torch.bfloat16, 2.0**-23, QUERIES, 1 << 15)
+# Of half precisions float16 errs less, and numbers of unit rows are in its reach. Tensor cores cut off what does not
+# fit into float32, also of numbers that they align before they add them: four times what rounding each sum would lose.
+ON_GPU = Cheap(torch.float16, 2.0**-21, 1 << 12, 1 << 16)
 
 
 class Pairs(NamedTuple):
@@ -55,11 +77,6 @@ class Pairs(NamedTuple):
         """Those at positions, int64."""
         return Pairs(*(values.index_select(0, positions) for values in self))
 
-    def by_query(self, queries: int) -> list[Ints]:
-        """The row numbers of each of so many queries."""
-        counts = self.queries.bincount(minlength=queries).tolist()
-        return [rows.numpy() for rows in self.rows.split(counts)]
-
 
 class Candidates(NamedTuple):
     """All pairs of a query block that can be among the nearest."""
@@ -71,53 +88,71 @@ class Candidates(NamedTuple):
     """E, float32, (b, 1)."""
 
 
+def cheap_of(device: torch.device, k: int) -> Cheap | None:
+    """How similarities to k neighbours are cheap there; None where they are not."""
+    if device.type == "cpu":
+        return ON_TILES if has_matrix_tiles() else None
+    return ON_GPU._replace(queries=min(ON_GPU.queries, _PAIRS_AT_ONCE // most_compared(k)))
+
+
 def has_matrix_tiles() -> bool:
     """Whether this processor has tiles for products in bfloat16."""
     return torch.backends.mkldnn.is_available() and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 class CandidateBank:
-    """All rows in bfloat16, and what that can err."""
+    """All rows in half precision, and what that can err."""
 
-    def __init__(self, take: TakeRows, num_rows: int, k: int) -> None:
-        """Look at all rows once, on the CPU.
+    def __init__(self, take: TakeRows, shape: tuple[int, int], k: int, cheap: Cheap, most_kept: int) -> None:
+        """Look at all rows once.
 
         Args:
-            take: Gives the exact rows.
-            num_rows: N.
+            take: Gives the exact rows, on the device where similarities are computed.
+            shape: N and D.
             k: Neighbours per row.
+            cheap: How.
+            most_kept: Bytes of rows in half precision that may be kept; of more, each block of queries rounds them
+                anew.
         """
-        self._take, self._num_rows, self._k = take, num_rows, k
-        self._tile = _tile_of(num_rows, take(slice(0, 1)).shape[1])
-        self._space = torch.empty(QUERIES, self._tile, dtype=torch.bfloat16)
+        self._take, self._num_rows, self._k, self._cheap = take, shape[0], k, cheap
+        self._tile = _tile_of(*shape, cheap.tile)
         self._kept: list[Tensor] = []
         self._norm = self._loss = 0.0
-        for first in range(0, num_rows, self._tile):
+        for first in range(0, self._num_rows, self._tile):
             rows = take(slice(first, first + self._tile))
             self._norm = max(self._norm, float(torch.linalg.vector_norm(rows, dim=1).max()))
-            self._loss = max(self._loss, float(torch.linalg.vector_norm(rows - _rounded(rows), dim=1).max()))
-            if num_rows * rows.shape[1] * 2 <= _KEPT_BYTES:
+            self._loss = max(self._loss, float(torch.linalg.vector_norm(rows - self._rounded(rows), dim=1).max()))
+            if shape[0] * shape[1] * 2 <= most_kept:
                 self._kept.append(self._cheap_tile(rows))
+        self._space = torch.empty(cheap.queries, self._tile, dtype=cheap.dtype, device=rows.device)
 
-    def best(self, queries: Tensor, own: Ints, compare: Compare) -> tuple[Tensor, Flags]:
-        """The k greatest keys of each query, falling, int64, (b, k), and which of them are known to be these, (b,).
+    def best(self, queries: Tensor, own: Tensor, compare: Compare) -> tuple[Tensor, Tensor]:
+        """The k greatest keys of each query, falling, int64, (b, k), and which are known to be these, bool, (b,).
 
         None of them where there are too many candidates.
 
         Args:
             queries: Exact rows, float32, (b, D).
-            own: Their row numbers, (b,).
+            own: Their row numbers, int64, (b,).
             compare: Compares rows exactly.
         """
-        found = self.candidates(queries, torch.from_numpy(own))
+        best, is_known = no_keys(len(own), self._k, own.device), torch.zeros_like(own, dtype=torch.bool)
+        found = self.candidates(queries, own)
         if found is None:
-            return no_keys(len(own), self._k), np.zeros(len(own), np.bool_)
-        pairs, number = found.pairs, len(queries)
+            return best, is_known
+        pairs = found.pairs
         is_sure = pairs.cheap >= found.floor[pairs.queries, 0]
-        best = compare(no_keys(number, self._k), queries, pairs.where(is_sure).by_query(number))
-        needed = _rounded(similarities_of(best[:, -1:]) - found.error)
+        sure = pairs.where(is_sure)
+        exact = compare(queries, sure.queries, sure.rows)
+        best = merge_pairs(best, sure.queries, keys_of(exact, sure.rows))
+        needed = self._rounded(similarities_of(best[:, -1:]) - found.error)
         others = pairs.where(~is_sure & (pairs.cheap >= needed[pairs.queries, 0]))
-        return compare(best, queries, others.by_query(number)), np.ones(number, np.bool_)
+        exact_others = compare(queries, others.queries, others.rows)
+        best = merge_pairs(best, others.queries, keys_of(exact_others, others.rows))
+        is_known |= similarities_of(best[:, -1]) > -torch.inf
+        for some, similarities in ((sure, exact), (others, exact_others)):
+            is_known[some.queries[self._is_off(some, similarities, found.error)]] = False
+        return best, is_known
 
     def candidates(self, queries: Tensor, own: Tensor) -> Candidates | None:
         """All rows that can be among the k nearest of each query, itself left out; None where there are too many.
@@ -127,8 +162,8 @@ class CandidateBank:
             own: Their row numbers, int64, (b,).
         """
         k = self._k
-        cheap, error = queries.bfloat16(), self.error_of(queries)
-        best = torch.full((len(queries), k), -torch.inf)
+        cheap, error = queries.to(self._cheap.dtype), self.error_of(queries)
+        best = torch.full((len(queries), k), -torch.inf, device=queries.device)
         found, room = list[Pairs](), most_compared(k) * len(queries)
         for start in range(0, self._num_rows, self._tile):
             similarities = self._similarities(cheap, own, start)
@@ -148,9 +183,9 @@ class CandidateBank:
         it, and that exact similarities are compared as float32.
         """
         norms = torch.linalg.vector_norm(queries, dim=1, keepdim=True)
-        losses = torch.linalg.vector_norm(queries - _rounded(queries), dim=1, keepdim=True)
+        losses = torch.linalg.vector_norm(queries - self._rounded(queries), dim=1, keepdim=True)
         of_rows = losses * (self._norm + self._loss) + norms * self._loss
-        of_sums = (norms + losses) * (self._norm + self._loss) * (queries.shape[1] + 4) * 2.0**-23
+        of_sums = (norms + losses) * (self._norm + self._loss) * (queries.shape[1] + 4) * self._cheap.error_of_sum
         error: Tensor = 1.01 * (of_rows + of_sums)
         return error
 
@@ -158,14 +193,28 @@ class CandidateBank:
         """Below which no rounded similarity belongs to one of the k nearest, float32, (b, 1)."""
         floor = best[:, -1:]
         # A rounded similarity of f was at least f less half the gap to the next one.
-        unrounded = floor - floor.abs() * (torch.finfo(torch.bfloat16).eps / 2)
-        return _rounded(unrounded - 2 * error).clamp_min_(torch.finfo(torch.float32).min)
+        return self._rounded(floor - self._half_gap(floor) - 2 * error).clamp_min_(torch.finfo(torch.float32).min)
+
+    def _is_off(self, pairs: Pairs, exact: Tensor, error: Tensor) -> Tensor:
+        """Which cheap similarities err more than they can, bool, (P,)."""
+        off, allowed = (exact - pairs.cheap).abs(), error[pairs.queries, 0] + self._half_gap(pairs.cheap)
+        return ~(off <= allowed)  # so is what is no number
+
+    def _half_gap(self, rounded: Tensor) -> Tensor:
+        """How far at most what was rounded lies from it, float32."""
+        kind = torch.finfo(self._cheap.dtype)
+        return rounded.abs().clamp_min(kind.tiny) * (kind.eps / 2)
+
+    def _rounded(self, values: Tensor) -> Tensor:
+        """As the cheap type has them, float32."""
+        return values.to(self._cheap.dtype).float()
 
     def _similarities(self, queries: Tensor, own: Tensor, start: int) -> Tensor:
         """Those to a tile, in the cheap type, (b, t); -inf for the query itself, and where the tile has no row."""
         number = start // self._tile
         tile = self._kept[number] if self._kept else self._cheap_tile(self._take(slice(start, start + self._tile)))
-        similarities = torch.mm(queries, tile.T, out=self._space[: len(queries)])
+        with _summed_in_float32():
+            similarities = torch.mm(queries, tile.T, out=self._space[: len(queries)])
         similarities[:, self._num_rows - start :] = -torch.inf
         inside = ((own >= start) & (own < start + self._tile)).nonzero()[:, 0]
         similarities[inside, own[inside] - start] = -torch.inf
@@ -173,18 +222,25 @@ class CandidateBank:
 
     def _cheap_tile(self, rows: Tensor) -> Tensor:
         """In the cheap type, with zeros where the last tile has no row, (t, D)."""
-        cheap = rows.bfloat16()
+        cheap = rows.to(self._cheap.dtype)
         return cheap if len(cheap) == self._tile else F.pad(cheap, (0, 0, 0, self._tile - len(cheap)))
 
 
-def _rounded(values: Tensor) -> Tensor:
-    """As bfloat16 has them, float32."""
-    return values.bfloat16().float()
+@contextmanager
+def _summed_in_float32() -> Iterator[None]:
+    """A GPU may else sum up parts of a product in half precision."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_accumulation
+    matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_accumulation = False, False
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_accumulation = before
 
 
-def _tile_of(num_rows: int, width: int) -> int:
+def _tile_of(num_rows: int, width: int, most: int) -> int:
     """t: whole groups, and tiles of about the same size."""
-    unit, most = _GROUP * _FOLD, min(_TILE, _TILE * 512 // width)
+    unit, most = _GROUP * _FOLD, min(most, most * 512 // width)
     return max(1, -(-num_rows // (-(-num_rows // most) * unit))) * unit
 
 

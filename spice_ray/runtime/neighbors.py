@@ -17,7 +17,7 @@ from spice_ray import mirror
 from spice_ray.config import Scale
 from spice_ray.contracts import NEIGHBORS
 from spice_ray.core.inverted_lists import ListSearch, build_lists, choose_probes
-from spice_ray.core.neighbors import NeighborSearch
+from spice_ray.core.neighbors import MOST_KEPT, NeighborSearch
 from spice_ray.errors import StorageError
 from spice_ray.runtime.cluster import room
 from spice_ray.runtime.memory import device_of, free_on_device
@@ -29,11 +29,15 @@ otherwise, so that sweeps over fewer of them share what was found."""
 _PRODUCTS_OF_PART = 2e11
 """Of two numbers each: some seconds of a processor. What takes no more in all is done by the driver, sooner than an
 actor would have been started."""
+_PRODUCTS_ON_GPU = 2e13
+"""Of a part there."""
 _BYTES_OF_ACTOR = 2e9
 """At most: rows that it keeps, what it compares at once, and torch."""
 _STEP = 1024
 _GPU_BLOCK = 4096
 """A GPU has little to do in a block of so few rows as a processor takes; the working memory of one is 2 GB."""
+_KEPT_SHARE = 2 / 3
+"""Of what a process may hold on a GPU: half of it again is for what stands for the rows."""
 _RETRIES = 3
 
 Ints = NDArray[np.int64]
@@ -119,15 +123,8 @@ class PartFinder:
     """Looks for neighbours in this process, on its GPU where it has one or a part of one."""
 
     def __init__(self, job: NeighborJob, gpus: float) -> None:
-        device = device_of(gpus)
-        rows = TrainRows(job.file, job.train_ids)
-        fits = 4 * rows.shape[0] * rows.shape[1] <= free_on_device(device, gpus)
         self._job = job
-        self._search = (
-            NeighborSearch(_on_device(rows, device) if fits else rows, job.k, block=_block(gpus), device=device)
-            if job.lists_key is None
-            else open_lists(job)
-        )
+        self._search = open_search(job, gpus) if job.lists_key is None else open_lists(job)
 
     def find(self, start: int) -> int:
         """Write the part that begins at ``start`` and give the number of its rows."""
@@ -141,6 +138,13 @@ class PartFinder:
                 np.save(stream, found.numpy().astype(np.int32))
             mirror.deliver(unfinished, file)
         return len(found)
+
+
+def open_search(job: NeighborJob, gpus: float) -> NeighborSearch:
+    """Among all rows."""
+    rows, device = TrainRows(job.file, job.train_ids), device_of(gpus)
+    kept = MOST_KEPT if device.type == "cpu" else int(free_on_device(device, gpus) * _KEPT_SHARE)
+    return NeighborSearch(rows, job.k, block=_block(gpus), device=device, most_kept=kept)
 
 
 def open_lists(job: NeighborJob) -> ListSearch:
@@ -178,16 +182,10 @@ def make_lists(job: NeighborJob) -> None:
         write_json(job.recall, {"lists": index.nlist, **recall._asdict()})  # last: its presence means complete
 
 
-def _on_device(rows: TrainRows, device: torch.device) -> torch.Tensor:
-    found = torch.empty(rows.shape, device=device)
-    for start in range(0, len(rows), _STEP):
-        found[start : start + _STEP] = torch.from_numpy(rows[start : start + _STEP])
-    return found
-
-
 def rows_of_part(num_rows: int, width: int, gpus: float = 0) -> int:
     """How many rows make a part: where there are many to be compared with few, for the sake of progress."""
-    return max(1, int(_PRODUCTS_OF_PART / (num_rows * width)) // _STEP) * _block(gpus)
+    products, block = _PRODUCTS_ON_GPU if gpus else _PRODUCTS_OF_PART, _block(gpus)
+    return max(1, int(products / (num_rows * width)) // block) * block
 
 
 def _block(gpus: float) -> int:
