@@ -1,18 +1,14 @@
 """A device of torch that is the processor in disguise, and refuses what a GPU would: tensors of two devices at once.
-
-``python -m tests.pretended_device NAME`` runs one of the checks below; they have a process of their own, as a device
-that was once made known to torch cannot be taken back.
 """
 
-import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 DEVICE = "pretended"
 _ATEN = torch.ops.aten
@@ -95,41 +91,20 @@ def _there(result: Any, is_there: bool, given: list[Any] | None = None) -> Any:
     return tree_map_only(Tensor, lambda one: same.get(id(one)) if id(one) in same else There(one), result)
 
 
-def neighbors() -> None:
-    """Searched for there as here, from wherever rows are, and however many of them are kept."""
-    from spice_ray.core.neighbors import NeighborSearch, exact_neighbors
+class _Module(_DummyBackendModule):
+    """What torch asks of a device's module."""
 
-    generator, device = torch.Generator().manual_seed(0), torch.device(DEVICE)
-    alike = torch.full((2100, 16), 0.25)
-    for many in (normalize(torch.randn(4200, 32, generator=generator)), alike, alike[:300]):
-        rows = torch.cat((many, many[:50]))
-        expected = [of_all[-400:] for of_all in exact_neighbors(rows, 10)]
-        for given, where in ((rows.to(device), None), (rows, device), (rows.numpy(), device)):
-            for kept in (0, rows.numel() * 2, rows.numel() * 4):
-                search = NeighborSearch(given, 10, device=where, most_kept=kept)
-                assert search._rows.device.type == DEVICE
-                found = search.find(max(0, len(rows) - 400), len(rows))
-                assert torch.equal(found[0], expected[0])
-                assert torch.equal(found[1], expected[1])
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """What a product may be computed in."""
+        return [torch.bfloat16]
 
 
-def strangers() -> None:
-    """Two devices at once are refused, so that the other checks can fail."""
-    here = torch.arange(3.0)
-    there = here.to(DEVICE)
-    assert there.device.type == DEVICE
-    assert (there[there > 0] * 2).tolist() == [2, 4]
-    there[torch.tensor([0])] = 5
-    assert there.tolist() == [5, 1, 2]
-    for wrong in (lambda: here + there, lambda: here[there > 0], lambda: torch.cat((here, there))):
-        try:
-            wrong()
-        except AssertionError:
-            continue
-        raise SystemExit("tensors of two devices were not refused")
-
-
-if __name__ == "__main__":
-    _setup_privateuseone_for_python_backend(DEVICE)
-    with Pretended():
-        {one.__name__: one for one in (neighbors, strangers)}[sys.argv[1]]()
+def make_known() -> None:
+    """Make the device known to torch, for as long as the process lives, and replace what tensors of it do not do."""
+    _setup_privateuseone_for_python_backend(DEVICE, _Module())
+    numbers = torch.tensor
+    changed: Any = torch
+    changed.tensor = lambda data, device=None, **of: (
+        numbers(data, **of) if device is None else numbers(data, **of).to(device)
+    )
+    changed.inference_mode = lambda mode=True: torch.no_grad() if mode else nullcontext()

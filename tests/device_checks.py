@@ -1,0 +1,189 @@
+"""What stages compute on a device that is none of the processor's, against what they compute on the processor.
+
+``python -m tests.device_checks NAME`` runs one of them; each has a process of its own.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tests.pretended_device import Pretended, make_known
+
+if __name__ == "__main__":
+    make_known()  # before anything of ours decorates functions with what it replaces
+
+from spice_ray.core.encoders import build_encoder
+from spice_ray.core.heads import ClusterHead
+from spice_ray.core.joint import JointModel
+from spice_ray.core.lanes import ResidentLanes, Stream
+from spice_ray.core.neighbors import NeighborSearch, exact_neighbors
+from spice_ray.core.order import stream_key, with_replacement
+from spice_ray.stages.assign import predict
+from spice_ray.stages.embed import embed
+from spice_ray.stages.features import Features
+from spice_ray.stages.pretrain import pretrain
+from spice_ray.stages.train_heads import train_heads
+from spice_ray.stages.train_joint import train_joint
+from tests.pretended_device import DEVICE
+from tests.small_lanes import resident_rows, serve, shard_files
+from tests.stages import test_embed, test_pretrain, test_train_heads, test_train_joint
+
+HERE, THERE = torch.device("cpu"), torch.device(DEVICE)
+
+
+def neighbors() -> None:
+    """Searched for there as here, from wherever rows are, and however many of them are kept."""
+    generator = torch.Generator().manual_seed(0)
+    alike = torch.full((2100, 16), 0.25)
+    for many in (normalize(torch.randn(4200, 32, generator=generator)), alike, alike[:300]):
+        rows = torch.cat((many, many[:50]))
+        expected = [of_all[-400:] for of_all in exact_neighbors(rows, 10)]
+        for given, where in ((rows.to(THERE), None), (rows, THERE), (rows.numpy(), THERE)):
+            for kept in (0, rows.numel() * 2, rows.numel() * 4):
+                search = NeighborSearch(given, 10, device=where, most_kept=kept)
+                assert search._rows.device.type == DEVICE
+                found = search.find(max(0, len(rows) - 400), len(rows))
+                assert torch.equal(found[0], expected[0])
+                assert torch.equal(found[1], expected[1])
+
+
+def lanes_of(images: Tensor, files: list[int], stream: Stream, device: torch.device) -> ResidentLanes:
+    """Of four lanes all."""
+    lanes = serve(shard_files(files), [0, 1, 2, 3], 4)
+    return ResidentLanes(lanes, resident_rows(images, lanes), stream, device)
+
+
+def of_both(train: Callable[[torch.device], tuple[list[float], dict[str, Tensor]]]) -> None:
+    """Losses and weights there are those here."""
+    (losses, weights), (others, there) = train(HERE), train(THERE)
+    assert losses == others
+    assert {one.device.type for one in there.values()} == {DEVICE}
+    assert all(torch.equal(weights[name], there[name].cpu()) for name in weights)
+
+
+def contrast() -> None:
+    """Stage 1."""
+    for number, (family, changes) in enumerate(test_pretrain.CASES.values()):
+
+        def train(device: torch.device) -> tuple[list[float], dict[str, Tensor]]:
+            stream = Stream(stream_key(test_pretrain.SEED, "pretrain"), 4, window=100)
+            recorder = test_pretrain.Recorder()
+            encoder = pretrain(
+                test_pretrain.settings(**changes),
+                lanes_of(test_pretrain.dataset(), test_pretrain.FILES, stream, device),
+                test_pretrain.augmentation(family),
+                num_images=sum(test_pretrain.FILES),
+                seed=test_pretrain.SEED,
+                device=device,
+                wrap=recorder.wrap,
+                progress=recorder,
+                accumulate=1 + number % 2,
+            )
+            return recorder.losses, encoder.state_dict()
+
+        of_both(train)
+
+
+def joint() -> None:
+    """Stage 3."""
+    cases = [*test_train_joint.CASES.values(), ("natural", {"patience": 100, "optimizer": "adamw"})]
+    for number, (family, changes) in enumerate(cases):
+
+        def train(device: torch.device) -> tuple[list[float], dict[str, Tensor]]:
+            weights = test_train_joint.WEIGHTS
+            streams = (
+                Stream(stream_key(test_train_joint.SEED, "labelled"), 2, 100, with_replacement, weights > 0),
+                Stream(stream_key(test_train_joint.SEED, "unlabelled"), 4, window=100),
+            )
+            recorder = test_train_joint.Recorder()
+            trained = train_joint(
+                test_train_joint.settings(**changes),
+                test_train_joint.initial_model(),
+                *(lanes_of(test_train_joint.dataset(), test_train_joint.FILES, stream, device) for stream in streams),
+                test_train_joint.augmentation(family),
+                labels=test_train_joint.LABELS,
+                weights=weights,
+                seed=test_train_joint.SEED,
+                device=device,
+                wrap=test_train_joint.wrap,
+                progress=recorder,
+                accumulate=1 + number % 2,
+            )
+            return recorder.losses, trained.model.state_dict()
+
+        of_both(train)
+
+
+class Forgotten:
+    """Progress of heads that nobody keeps."""
+
+    def restore(self) -> None:
+        """There is none."""
+
+    def advance(self, num_epochs: int, snapshot: Any) -> None:
+        """Look at it as those do who keep it."""
+        snapshot()
+
+
+def heads() -> None:
+    """Stage 2, two side by side."""
+    bank, _ = test_train_heads.mixture()
+    for resident in (False, True):
+        for changes in test_train_heads.ABLATIONS:
+            here, there = (
+                train_heads(
+                    Features(bank, device, resident=resident),
+                    [0, 3],
+                    test_train_heads.settings(**changes),
+                    num_clusters=test_train_heads.CLUSTERS,
+                    seed=test_train_heads.SEED,
+                    train_ids=np.arange(len(bank.plain)),
+                    progress=Forgotten(),
+                )
+                for device in (HERE, THERE)
+            )
+            for one, other in zip(here, there, strict=True):
+                assert one.losses == other.losses
+                assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+
+
+def features() -> None:
+    """What is computed of images between stages and at the end."""
+    ids = torch.arange(300)
+    images = torch.randint(0, 256, (300, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = list[list[Tensor]]()
+    for device in (HERE, THERE):
+        encoder, head = build_encoder("convnet", 1).eval().to(device), ClusterHead(128, 5, 2).eval().to(device)
+        moved = images.to(device)
+        embedded = embed(encoder, moved, ids.to(device), test_embed.AUGMENTATION, num_strong=2, seed=1)
+        predicted = predict(JointModel(encoder, head), moved, test_embed.AUGMENTATION)
+        found.append([*embedded, *predicted])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def strangers() -> None:
+    """Two devices at once are refused, so that the other checks can fail."""
+    here = torch.arange(3.0)
+    there = here.to(THERE)
+    assert there.device.type == DEVICE
+    assert (there[there > 0] * 2).tolist() == [2, 4]
+    there[torch.tensor([0])] = 5
+    assert there.tolist() == [5, 1, 2]
+    for wrong in (lambda: here + there, lambda: here[there > 0], lambda: torch.cat((here, there))):
+        try:
+            wrong()
+        except AssertionError:
+            continue
+        raise SystemExit("tensors of two devices were not refused")
+
+
+CHECKS: Sequence[Callable[[], Any]] = (neighbors, contrast, heads, joint, features, strangers)
+
+if __name__ == "__main__":
+    with Pretended():
+        {one.__name__: one for one in CHECKS}[sys.argv[1]]()
