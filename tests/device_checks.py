@@ -1,10 +1,14 @@
 """What stages compute on a device that is none of the processor's, against what they compute on the processor.
 
-``python -m tests.device_checks NAME`` runs one of them; each has a process of its own.
+``python -m tests.device_checks NAME ...`` runs some of them, in a process of their own: what they make known to torch,
+and replace, stays so.
 """
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,8 @@ from tests.pretended_device import Pretended, make_known
 if __name__ == "__main__":
     make_known()  # before anything of ours decorates functions with what it replaces
 
+from spice_ray.contracts import Health
+from spice_ray.core import recorded as records
 from spice_ray.core.encoders import build_encoder
 from spice_ray.core.heads import ClusterHead
 from spice_ray.core.joint import JointModel
@@ -27,9 +33,9 @@ from spice_ray.stages.assign import predict
 from spice_ray.stages.embed import embed
 from spice_ray.stages.features import Features
 from spice_ray.stages.pretrain import pretrain
-from spice_ray.stages.train_heads import train_heads
+from spice_ray.stages.train_heads import TrainedHead, train_heads
 from spice_ray.stages.train_joint import train_joint
-from tests.pretended_device import DEVICE
+from tests.pretended_device import DEVICE, Recording
 from tests.small_lanes import resident_rows, serve, shard_files
 from tests.stages import test_embed, test_pretrain, test_train_heads, test_train_joint
 
@@ -58,7 +64,11 @@ def lanes_of(images: Tensor, files: list[int], stream: Stream, device: torch.dev
     return ResidentLanes(lanes, resident_rows(images, lanes), stream, device)
 
 
-def of_both(train: Callable[[torch.device], tuple[list[float], dict[str, Tensor]]]) -> None:
+Trained = tuple[list[float], dict[str, Tensor]]
+"""Losses and weights."""
+
+
+def of_both(train: Callable[[torch.device], Trained]) -> None:
     """Losses and weights there are those here."""
     (losses, weights), (others, there) = train(HERE), train(THERE)
     assert losses == others
@@ -66,57 +76,88 @@ def of_both(train: Callable[[torch.device], tuple[list[float], dict[str, Tensor]
     assert all(torch.equal(weights[name], there[name].cpu()) for name in weights)
 
 
+class Late:
+    """Reads losses when training is over, as late as anybody may."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+
+    def restore(self) -> None:
+        """There is nothing to go on from."""
+
+    def note_health(self, epoch: int, loss: Tensor, health: Health) -> None:
+        """Losses are enough."""
+
+    def advance(self, step: int, total: int, loss: Tensor, snapshot: Callable[[], Any]) -> None:
+        """Look at the state as those do who keep it."""
+        self.losses.append(loss)
+        if step == total:
+            snapshot()
+
+
+def train_small_encoder(device: torch.device, case: str, accumulate: int) -> Trained:
+    """A case of stage 1."""
+    family, changes = test_pretrain.CASES[case]
+    late = Late()
+    encoder = pretrain(
+        test_pretrain.settings(**(changes | {"epochs": 2})),
+        lanes_of(
+            test_pretrain.dataset(),
+            test_pretrain.FILES,
+            Stream(stream_key(test_pretrain.SEED, "pretrain"), 4, window=100),
+            device,
+        ),
+        test_pretrain.augmentation(family),
+        num_images=sum(test_pretrain.FILES),
+        seed=test_pretrain.SEED,
+        device=device,
+        wrap=test_pretrain.wrap,
+        progress=late,
+        accumulate=accumulate,
+    )
+    return torch.stack(late.losses).tolist(), encoder.state_dict()
+
+
 def contrast() -> None:
     """Stage 1."""
-    for number, (family, changes) in enumerate(test_pretrain.CASES.values()):
+    for number, case in enumerate(test_pretrain.CASES):
+        of_both(partial(train_small_encoder, case=case, accumulate=1 + number % 2))
 
-        def train(device: torch.device) -> tuple[list[float], dict[str, Tensor]]:
-            stream = Stream(stream_key(test_pretrain.SEED, "pretrain"), 4, window=100)
-            recorder = test_pretrain.Recorder()
-            encoder = pretrain(
-                test_pretrain.settings(**changes),
-                lanes_of(test_pretrain.dataset(), test_pretrain.FILES, stream, device),
-                test_pretrain.augmentation(family),
-                num_images=sum(test_pretrain.FILES),
-                seed=test_pretrain.SEED,
-                device=device,
-                wrap=recorder.wrap,
-                progress=recorder,
-                accumulate=1 + number % 2,
-            )
-            return recorder.losses, encoder.state_dict()
 
-        of_both(train)
+JOINT_STEPS = 8
+JOINT_CASES = [*test_train_joint.CASES.values(), ("natural", {"patience": 100, "optimizer": "adamw"})]
+
+
+def train_small_joint(device: torch.device, number: int, *, compiled: bool = False) -> Trained:
+    """A case of stage 3, every other one in parts."""
+    family, changes = JOINT_CASES[number]
+    weights = test_train_joint.WEIGHTS
+    streams = (
+        Stream(stream_key(test_train_joint.SEED, "labelled"), 2, 100, with_replacement, weights > 0),
+        Stream(stream_key(test_train_joint.SEED, "unlabelled"), 4, window=100),
+    )
+    late = Late()
+    trained = train_joint(
+        test_train_joint.settings(**(changes | {"steps": JOINT_STEPS})),
+        test_train_joint.initial_model(),
+        *(lanes_of(test_train_joint.dataset(), test_train_joint.FILES, stream, device) for stream in streams),
+        test_train_joint.augmentation(family),
+        labels=test_train_joint.LABELS,
+        weights=weights,
+        seed=test_train_joint.SEED,
+        device=device,
+        wrap=test_train_joint.wrap,
+        progress=late,
+        accumulate=1 + number % 2,
+        compiled=compiled,
+    )
+    return torch.stack(late.losses).tolist(), trained.model.state_dict()
 
 
 def joint() -> None:
     """Stage 3."""
-    cases = [*test_train_joint.CASES.values(), ("natural", {"patience": 100, "optimizer": "adamw"})]
-    for number, (family, changes) in enumerate(cases):
-
-        def train(device: torch.device) -> tuple[list[float], dict[str, Tensor]]:
-            weights = test_train_joint.WEIGHTS
-            streams = (
-                Stream(stream_key(test_train_joint.SEED, "labelled"), 2, 100, with_replacement, weights > 0),
-                Stream(stream_key(test_train_joint.SEED, "unlabelled"), 4, window=100),
-            )
-            recorder = test_train_joint.Recorder()
-            trained = train_joint(
-                test_train_joint.settings(**changes),
-                test_train_joint.initial_model(),
-                *(lanes_of(test_train_joint.dataset(), test_train_joint.FILES, stream, device) for stream in streams),
-                test_train_joint.augmentation(family),
-                labels=test_train_joint.LABELS,
-                weights=weights,
-                seed=test_train_joint.SEED,
-                device=device,
-                wrap=test_train_joint.wrap,
-                progress=recorder,
-                accumulate=1 + number % 2,
-            )
-            return recorder.losses, trained.model.state_dict()
-
-        of_both(train)
+    for number in range(len(JOINT_CASES)):
+        of_both(partial(train_small_joint, number=number))
 
 
 class Forgotten:
@@ -130,26 +171,79 @@ class Forgotten:
         snapshot()
 
 
-def heads() -> None:
+def train_small_heads(device: torch.device, *, resident: bool = False, **changes: Any) -> list[TrainedHead]:
     """Stage 2, two side by side."""
     bank, _ = test_train_heads.mixture()
-    for resident in (False, True):
-        for changes in test_train_heads.ABLATIONS:
-            here, there = (
-                train_heads(
-                    Features(bank, device, resident=resident),
-                    [0, 3],
-                    test_train_heads.settings(**changes),
-                    num_clusters=test_train_heads.CLUSTERS,
-                    seed=test_train_heads.SEED,
-                    train_ids=np.arange(len(bank.plain)),
-                    progress=Forgotten(),
-                )
-                for device in (HERE, THERE)
-            )
-            for one, other in zip(here, there, strict=True):
-                assert one.losses == other.losses
-                assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+    return train_heads(
+        Features(bank, device, resident=resident),
+        [0, 3],
+        test_train_heads.settings(**(changes | {"epochs": 2})),
+        num_clusters=test_train_heads.CLUSTERS,
+        seed=test_train_heads.SEED,
+        train_ids=np.arange(len(bank.plain)),
+        progress=Forgotten(),
+    )
+
+
+def assert_same_heads(heads: list[TrainedHead], others: list[TrainedHead]) -> None:
+    """Their losses and weights are the same."""
+    for one, other in zip(heads, others, strict=True):
+        assert one.losses == other.losses
+        assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+
+
+def heads() -> None:
+    """Stage 2."""
+    for changes in test_train_heads.ABLATIONS:
+        here, there = (train_small_heads(device, resident=not changes, **changes) for device in (HERE, THERE))
+        assert_same_heads(here, there)
+
+
+def pretend_to_record() -> list[Recording]:
+    """Let work there be recorded, and give the list that recordings will come into."""
+    made = list[Recording]()
+    stream: Any = SimpleNamespace(wait_stream=lambda other: None)
+
+    class Graph(Recording):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    cuda = SimpleNamespace(
+        CUDAGraph=Graph,
+        graph=lambda graph: graph.record(),
+        current_stream=lambda device: stream,
+        Stream=lambda device: stream,
+        stream=lambda stream: nullcontext(),
+    )
+    for module in (records, *(sys.modules[f"spice_ray.stages.train_{stage}"] for stage in ("heads", "joint"))):
+        changed: Any = module
+        changed.can_record = lambda device: device.type == DEVICE
+        changed.torch = SimpleNamespace(**(vars(torch) | {"cuda": cuda}))
+        # What is compiled knows no such tensors.
+        changed.compile_encoders = lambda model: None
+    return made
+
+
+def recorded() -> None:
+    """Steps that are recorded there and replayed do what they do as they stand."""
+    recordings = pretend_to_record()
+
+    def both(train: Callable[[], Any]) -> tuple[Any, Any]:
+        found = []
+        for records._TIMES in (1 << 30, 2):
+            assert not recordings
+            found.append(train())
+        return found[0], found[1]
+
+    for changes in test_train_heads.ABLATIONS[:2]:
+        assert_same_heads(*both(partial(train_small_heads, THERE, **changes)))
+        assert recordings.pop().replays + recordings.pop().replays > 40  # of whole batches, and of last ones
+    for number in range(len(JOINT_CASES)):
+        (losses, weights), (others, there) = both(partial(train_small_joint, THERE, number, compiled=True))
+        assert losses == others
+        assert all(torch.equal(weights[name], there[name]) for name in weights)
+        assert recordings.pop().replays == JOINT_STEPS - 2
 
 
 def features() -> None:
@@ -182,8 +276,9 @@ def strangers() -> None:
         raise SystemExit("tensors of two devices were not refused")
 
 
-CHECKS: Sequence[Callable[[], Any]] = (neighbors, contrast, heads, joint, features, strangers)
+CHECKS: Sequence[Callable[[], Any]] = (neighbors, contrast, heads, joint, recorded, features, strangers)
 
 if __name__ == "__main__":
     with Pretended():
-        {one.__name__: one for one in CHECKS}[sys.argv[1]]()
+        for name in sys.argv[1:]:
+            {one.__name__: one for one in CHECKS}[name]()

@@ -1,7 +1,7 @@
-"""A device of torch that is the processor in disguise, and refuses what a GPU would: tensors of two devices at once.
-"""
+"""A device of torch that is the processor in disguise, and refuses what a GPU would: tensors of two devices at once."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 DEVICE = "pretended"
 _ATEN = torch.ops.aten
+_LEAVING = (_ATEN._local_scalar_dense.default, _ATEN.nonzero.default, _ATEN.masked_select.default)
+"""What these give the host has to wait for."""
+_MOVING = (_ATEN._to_copy.default, _ATEN.copy_.default)
 _INDEXING = (_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default)
 """These take indices of the processor too."""
 
@@ -57,8 +60,72 @@ class Pretended(TorchDispatchMode):
         return _computed(call, args, kwargs or {})
 
 
+class Recording:
+    """What a graph of CUDA keeps: calls with the very tensors and numbers that they were made with.
+
+    Within ``record`` nothing is changed that was there before, and a value must not leave the device.
+    """
+
+    current: "Recording | None" = None
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Any, list[Any], Any, Any]] = []
+        self._before: list[tuple[Tensor, Tensor]] = []
+        self.replays = 0
+
+    def note(self, call: Any, flat: list[Any], tree: Any, result: Any) -> None:
+        """Keep a call that was made, and what it gave."""
+        self._calls.append((call, flat, tree, result))
+
+    def spare(self, call: Any, args: Any, kwargs: Any) -> None:
+        """Remember what a call that is about to be made changes."""
+        given = {argument.name: one for argument, one in zip(call._schema.arguments, args, strict=False)} | kwargs
+        changed = [
+            given[argument.name]
+            for argument in call._schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write and argument.name in given
+        ]
+        self._before += [(one.here, one.here.clone()) for one in tree_flatten(changed)[0] if isinstance(one, There)]
+
+    def replay(self) -> None:
+        """Make all calls again; what they give comes where it came when they were recorded."""
+        self.replays += 1
+        for call, flat, tree, result in self._calls:
+            again = _called(call, flat, tree)
+            for old, new in zip(tree_flatten(result)[0], tree_flatten(again)[0], strict=True):
+                if isinstance(old, There) and old.here.data_ptr() != new.data_ptr():
+                    old.here.copy_(new)
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Keep what is called within."""
+        assert Recording.current is None, "a recording within another"
+        Recording.current = self
+        try:
+            yield
+        finally:
+            Recording.current = None
+            for here, before in reversed(self._before):
+                here.copy_(before)
+
+
 def _computed(call: Any, args: Any, kwargs: Any) -> Any:
     flat, tree = tree_flatten((args, kwargs))
+    recording = Recording.current
+    if recording is None:
+        return _answered(call, flat, tree, args, kwargs)
+    assert call not in _LEAVING, f"{call} waits for the device while it is recorded"
+    recording.spare(call, args, kwargs)
+    result = _answered(call, flat, tree, args, kwargs)
+    is_there = any(isinstance(one, There) for one in [*flat, *tree_flatten(result)[0]])
+    if is_there:
+        arrives = call in _MOVING and not isinstance(args[call is _ATEN.copy_.default], There)
+        assert not arrives, f"{call} brings a value that would be the same at every replay"
+        recording.note(call, flat, tree, result)
+    return result
+
+
+def _answered(call: Any, flat: list[Any], tree: Any, args: Any, kwargs: Any) -> Any:
     asked = kwargs.get("device")
     if call is _ATEN._to_copy.default:
         is_there = isinstance(args[0], There) if asked is None else torch.device(asked).type == DEVICE

@@ -15,6 +15,11 @@ Shapes = tuple[torch.Size, ...]
 Result = TypeVar("Result")
 
 
+def can_record(device: torch.device) -> bool:
+    """Whether work there is recorded."""
+    return device.type == "cuda"
+
+
 class _Recording(NamedTuple, Generic[Result]):
     inputs: list[Tensor]
     """Where it reads."""
@@ -40,12 +45,12 @@ class Recorded(Generic[Result]):
 
     def __call__(self, *inputs: Tensor) -> Result:
         """Do the work; what it gives may be overwritten when it is done again."""
-        if self._device.type != "cuda":
+        if not can_record(self._device):
             return self._work(*inputs)
         shapes = tuple(given.shape for given in inputs)
         if self._times[shapes] < _TIMES:
             self._times[shapes] += 1
-            return self._work(*inputs)
+            return self._aside(inputs)
         if shapes not in self._recordings:
             self._recordings[shapes] = self._record(inputs)
         recording = self._recordings[shapes]
@@ -53,6 +58,15 @@ class Recorded(Generic[Result]):
             kept.copy_(given)
         recording.graph.replay()
         return recording.result
+
+    def _aside(self, inputs: tuple[Tensor, ...]) -> Result:
+        """As it stands, on a stream of its own, as it will be recorded: autograd remembers streams."""
+        usual, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        aside.wait_stream(usual)
+        with torch.cuda.stream(aside):
+            result = self._work(*inputs)
+        usual.wait_stream(aside)
+        return result
 
     def _record(self, inputs: tuple[Tensor, ...]) -> _Recording[Result]:
         """Nothing is computed yet."""

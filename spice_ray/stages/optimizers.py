@@ -1,7 +1,7 @@
 """The optimisers of stages 1 and 3."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spice_ray.settings import Optimizer
 
@@ -28,7 +28,22 @@ def build_optimizer(
     return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=nesterov, fused=True)
 
 
+def keep_on_device(optimizer: torch.optim.Optimizer, device: torch.device | None) -> None:
+    """Keep what changes from step to step where a recorded step reads it; none: where others do.
+
+    To be called again when a state was loaded, which may be of another kind of run.
+    """
+    for group in optimizer.param_groups:
+        lr = float(group["lr"])
+        group["lr"] = lr if device is None else torch.tensor(lr, device=device)
+        if "capturable" in group:
+            group["capturable"] = device is not None
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Use ``lr`` for the next step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

@@ -26,11 +26,12 @@ from spice_ray.core.prototypes import (
     prototypes,
     quotas_of,
 )
-from spice_ray.core.recorded import Recorded
+from spice_ray.core.recorded import Recorded, can_record
 from spice_ray.core.unsupervised_loss import BLOCK_ROWS, new_table, unsupervised_loss
 from spice_ray.errors import TrainingError
 from spice_ray.settings import Heads
 from spice_ray.stages.features import Features
+from spice_ray.stages.optimizers import keep_on_device
 
 TEMPERATURE = 0.2
 """Of the tempered cross-entropy ablation, in the E-step and the loss alike."""
@@ -130,7 +131,8 @@ class _Group:
         self._starts = None if starts is None else [start.to(features.device) for start in starts]
         self._stack = HeadStack(heads).to(features.device)
         self._optimizer = torch.optim.Adam(self._stack.parameters(), lr=settings.lr, fused=True)
-        self._allow_recording()
+        self._recorded_on = features.device if can_record(features.device) else None
+        keep_on_device(self._optimizer, self._recorded_on)
         fit_batch = partial(_fit_batch, self._stack, self._optimizer, settings)
         self._fit_batch = Recorded(fit_batch, features.device)
         self._losses: list[list[float]] = [[] for _ in indices]
@@ -151,7 +153,7 @@ class _Group:
     def load(self, state: dict[str, Any]) -> None:
         self._stack.load_state_dict(state["stack"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._allow_recording()
+        keep_on_device(self._optimizer, self._recorded_on)
         self._losses, self._best = state["losses"], state["best"]
 
     def train_epoch(self) -> None:
@@ -173,11 +175,6 @@ class _Group:
 
     def trained(self) -> list[TrainedHead]:
         return [self._trained(place) for place in range(len(self._indices))]
-
-    def _allow_recording(self) -> None:
-        """Adam's own counter, too, has to be on the GPU."""
-        for group in self._optimizer.param_groups:
-            group["capturable"] = self._features.device.type == "cuda"
 
     def _classify(self, place: int) -> Classify:
         return lambda pooled: self._stack.logits_of(place, pooled)

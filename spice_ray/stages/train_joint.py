@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from spice_ray.contracts import Batch, Progress, Wrap
+from spice_ray.contracts import Progress, Wrap
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation, MakeView, view_maker
 from spice_ray.core.encoders import compile_encoders
@@ -22,10 +22,10 @@ from spice_ray.core.joint import (
 )
 from spice_ray.core.lanes import Lanes
 from spice_ray.core.order import stream_key
-from spice_ray.core.recorded import Recorded
+from spice_ray.core.recorded import Recorded, can_record
 from spice_ray.settings import Joint
 from spice_ray.stages.accumulation import Parts, exchange
-from spice_ray.stages.optimizers import build_optimizer, set_lr
+from spice_ray.stages.optimizers import build_optimizer, keep_on_device, set_lr
 from spice_ray.stages.plateau import Plateau
 
 
@@ -68,7 +68,7 @@ def train_joint(
         wrap: Makes a module train data-parallel.
         progress: Where to go on from, and whom to tell.
         accumulate: Parts of whole lanes that each batch is computed in, with the same result; a divisor of the lanes.
-        compiled: Whether torch compiles the encoder.
+        compiled: Whether torch compiles the encoder, and a GPU records what every step does.
 
     Returns:
         The model, equal on all workers, and after how many steps.
@@ -76,14 +76,19 @@ def train_joint(
     trainer = _FixMatch(settings, model, Parts(labelled.num_lanes, accumulate), augmentation, seed, device, wrap)
     if compiled:
         trainer.compile()
+    # Not of the trainer, which it refers to.
+    fit = Recorded(trainer.fit, device) if trainer.recorded_on else trainer.fit
     labels, weights = labels.to(device), weights.to(device)
     step, total = trainer.restore(progress.restore()), settings.steps
     while step < total and not trainer.is_over:
         set_lr(trainer.optimizer, settings.lr * seven_sixteenths_cosine(step, total))
         known = labelled.batch(step)
         ids = known.sample_ids
-        loss = trainer.step(step + 1, known, labels[ids], weights[ids], unlabelled.batch(step))
+        unknown = unlabelled.batch(step)
         step += 1
+        loss = trainer.take_in(
+            step, fit(known.images, known.draws, labels[ids], weights[ids], unknown.images, unknown.draws)
+        )
         progress.advance(step, step if trainer.is_over else total, loss, lambda done=step: trainer.state(done))  # type: ignore[misc]
     collectives.average_buffers(trainer.ema)
     return TrainedJoint(trainer.ema, step)
@@ -114,6 +119,7 @@ class _FixMatch:
             self.adaptive = AdaptiveThreshold(self.bare.head.num_clusters, settings.ema, device)
         self.plateau = None if settings.patience is None else Plateau(settings.patience, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+        self.recorded_on: torch.device | None = None
         makers = {"labelled": augmentation.weak, "weak": augmentation.weak, "strong": augmentation.strong}
         self.make_views: dict[str, MakeView] = {
             name: view_maker(make, stream_key(seed, "joint", name)) for name, make in makers.items()
@@ -125,24 +131,37 @@ class _FixMatch:
         return self.plateau is not None and self.plateau.is_over
 
     def compile(self) -> None:
-        """Have torch compile the encoder, and record how views are made, before the first step."""
-        compile_encoders(self.bare)
-        self.make_views = {name: Recorded(make, self.device) for name, make in self.make_views.items()}
+        """Have torch compile the encoder, before the first step.
 
-    def step(self, number: int, known: Batch, labels: Tensor, weights: Tensor, unknown: Batch) -> Tensor:
-        """Optimiser step ``number``, counted from 1; gives the global batch's mean loss."""
-        labelled = self.make_views["labelled"](known.images, known.draws)
-        weak, strong = (self.make_views[name](unknown.images, unknown.draws) for name in ("weak", "strong"))
+        A GPU may record all that a worker does who trains alone, of others how they make views.
+        """
+        compile_encoders(self.bare)
+        if self.model is not self.bare:
+            self.make_views = {name: Recorded(make, self.device) for name, make in self.make_views.items()}
+        elif can_record(self.device):
+            self.recorded_on = self.device
+            keep_on_device(self.optimizer, self.recorded_on)
+
+    def fit(
+        self, images: Tensor, draws: Tensor, labels: Tensor, weights: Tensor, all_images: Tensor, all_draws: Tensor
+    ) -> Tensor:
+        """One optimiser step on labelled images, and on others; gives what ``learn`` gives."""
+        labelled = self.make_views["labelled"](images, draws)
+        weak, strong = (self.make_views[name](all_images, all_draws) for name in ("weak", "strong"))
         self.optimizer.zero_grad(set_to_none=True)
         figures = self.learn(labelled, labels, weights, weak, strong)
         self.optimizer.step()
         update_ema(self.ema, self.bare, self.settings.ema)
+        return figures
+
+    def take_in(self, step: int, figures: Tensor) -> Tensor:
+        """Learn from the figures of a step, counted from 1; gives the global batch's mean loss."""
         figures = collectives.mean_over_workers(figures)
         if self.plateau is not None:
-            self.plateau.add(number, figures[1])
+            self.plateau.add(step, figures[1])
         if self.adaptive is not None:
             self.adaptive.update(figures[-len(self.adaptive.means) :])
-        return figures[0]
+        return figures[0].clone()  # a recorded step puts the next ones into their place
 
     def learn(self, labelled: Tensor, labels: Tensor, weights: Tensor, weak: Tensor, strong: Tensor) -> Tensor:
         """Add the gradient of this worker's rows, part after part.
@@ -211,6 +230,7 @@ class _FixMatch:
         self.ema.load_state_dict(state["ema"])
         collectives.restore_buffers(self.ema, state["ema_buffers"])
         self.optimizer.load_state_dict(state["optimizer"])
+        keep_on_device(self.optimizer, self.recorded_on)
         if self.plateau is not None:
             self.plateau.load(state["plateau"])
         if self.adaptive is not None:
