@@ -39,6 +39,7 @@ from tests.pretended_device import DEVICE, Recording
 from tests.small_lanes import resident_rows, serve, shard_files
 from tests.stages import test_embed, test_pretrain, test_train_heads, test_train_joint
 
+STAGES = ("pretrain", "train_heads", "train_joint")
 HERE, THERE = torch.device("cpu"), torch.device(DEVICE)
 
 
@@ -95,7 +96,7 @@ class Late:
             snapshot()
 
 
-def train_small_encoder(device: torch.device, case: str, accumulate: int) -> Trained:
+def train_small_encoder(device: torch.device, case: str, accumulate: int, *, compiled: bool = False) -> Trained:
     """A case of stage 1."""
     family, changes = test_pretrain.CASES[case]
     late = Late()
@@ -114,6 +115,7 @@ def train_small_encoder(device: torch.device, case: str, accumulate: int) -> Tra
         wrap=test_pretrain.wrap,
         progress=late,
         accumulate=accumulate,
+        compiled=compiled,
     )
     return torch.stack(late.losses).tolist(), encoder.state_dict()
 
@@ -216,7 +218,7 @@ def pretend_to_record() -> list[Recording]:
         Stream=lambda device: stream,
         stream=lambda stream: nullcontext(),
     )
-    for module in (records, *(sys.modules[f"spice_ray.stages.train_{stage}"] for stage in ("heads", "joint"))):
+    for module in (records, *(sys.modules[f"spice_ray.stages.{stage}"] for stage in STAGES)):
         changed: Any = module
         changed.can_record = lambda device: device.type == DEVICE
         changed.torch = SimpleNamespace(**(vars(torch) | {"cuda": cuda}))
@@ -239,11 +241,15 @@ def recorded() -> None:
     for changes in test_train_heads.ABLATIONS[:2]:
         assert_same_heads(*both(partial(train_small_heads, THERE, **changes)))
         assert recordings.pop().replays + recordings.pop().replays > 40  # of whole batches, and of last ones
-    for number in range(len(JOINT_CASES)):
-        (losses, weights), (others, there) = both(partial(train_small_joint, THERE, number, compiled=True))
+    encoders = [
+        partial(train_small_encoder, THERE, case, 1 + number % 2) for number, case in enumerate(test_pretrain.CASES)
+    ]
+    for train in (*encoders, *(partial(train_small_joint, THERE, number) for number in range(len(JOINT_CASES)))):
+        (losses, weights), (others, there) = both(partial(train, compiled=True))
         assert losses == others
+        assert len(set(losses)) == len(losses)
         assert all(torch.equal(weights[name], there[name]) for name in weights)
-        assert recordings.pop().replays == JOINT_STEPS - 2
+        assert recordings.pop().replays == len(losses) - 2
 
 
 def features() -> None:

@@ -42,9 +42,14 @@ def momentum_copy(model: Model) -> Model:
 
 
 @torch.no_grad()
-def update_momentum(momentum_model: nn.Module, model: nn.Module, momentum: float) -> None:
-    """Move every weight of the momentum model to ``momentum`` of itself plus the rest of the model's."""
-    torch._foreach_lerp_(list(momentum_model.parameters()), list(model.parameters()), 1 - momentum)
+def update_momentum(momentum_model: nn.Module, model: nn.Module, share: float | Tensor) -> None:
+    """Move every weight of the momentum model by ``share`` of the way to the model's: 1 - m, a number or a scalar."""
+    old: list[Tensor] = list(momentum_model.parameters())
+    new: list[Tensor] = list(model.parameters())
+    if isinstance(share, Tensor):
+        torch._foreach_lerp_(old, new, [share] * len(old))
+    else:
+        torch._foreach_lerp_(old, new, share)
 
 
 class KeyQueue:
@@ -54,12 +59,14 @@ class KeyQueue:
         """Start with random unit rows drawn from ``key``."""
         generator = torch.Generator().manual_seed(key)
         self.keys = F.normalize(torch.randn(size, width, generator=generator), dim=1).to(device)
-        self.position = 0
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        """Of the oldest, (1,); on the device too, so that a GPU may record a step."""
 
     def push(self, keys: Tensor) -> None:
         """Replace the oldest keys by ``keys``, (B, P); B divides Q."""
-        self.keys[self.position : self.position + len(keys)] = keys
-        self.position = (self.position + len(keys)) % len(self.keys)
+        places = self.position + torch.arange(len(keys), device=keys.device)
+        self.keys.index_copy_(0, places, keys)
+        self.position.add_(len(keys)).remainder_(len(self.keys))
 
 
 def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:

@@ -40,7 +40,11 @@ class Contrast(Protocol):
         """All that compute in a step."""
         ...
 
-    def directions(self, step: int, total: int, first: Tensor, second: Tensor) -> list[Direction]:
+    def of_step(self, step: int, total: int) -> list[Tensor]:
+        """What follows from the number of a step, counted from 0, of so many; on the device."""
+        ...
+
+    def directions(self, first: Tensor, second: Tensor, *of_step: Tensor) -> list[Direction]:
         """What to train on two views, (b * L, 3, S, S) each; the loss is the sum of the directions'."""
         ...
 
@@ -89,18 +93,25 @@ class MoCo:
         self.momentum_encoder = MomentumEncoder(self.query, parts)
         self.queue = KeyQueue(settings.queue_size, settings.projection_dim, stream_key(seed, "queue"), device)
         self.new_keys: list[Tensor] = []
+        self.device = device
 
     @property
     def models(self) -> list[nn.Module]:
         """The query and the momentum encoder."""
         return [self.query, self.momentum_encoder.model]
 
-    def directions(self, step: int, total: int, first: Tensor, second: Tensor) -> list[Direction]:
+    def of_step(self, step: int, total: int) -> list[Tensor]:
+        """The order in which keys are encoded, int64, (b * G,)."""
+        order = permutation(stream_key(self.seed, "shuffle", step), self.settings.batch_size)
+        return [torch.from_numpy(order).to(self.device, non_blocking=True)]
+
+    def directions(self, first: Tensor, second: Tensor, *of_step: Tensor) -> list[Direction]:
         """The first view's queries look for the second's keys, and the other way round where the loss is symmetric."""
         assert self.settings.momentum is not None
-        update_momentum(self.momentum_encoder.model, self.query, self.settings.momentum)
+        (shuffle,) = of_step
+        update_momentum(self.momentum_encoder.model, self.query, 1 - self.settings.momentum)
         pairs = [(first, second), (second, first)] if self.settings.symmetric else [(first, second)]
-        self.new_keys = [self.encode_keys(step, positives) for _, positives in pairs]
+        self.new_keys = [self.encode_keys(shuffle, positives) for _, positives in pairs]
         own = [collectives.own_lanes(keys, self.parts.lanes) for keys in self.new_keys]
         return [Direction([queries], keys) for (queries, _), keys in zip(pairs, own, strict=True)]
 
@@ -116,12 +127,10 @@ class MoCo:
             self.queue.push(keys)
 
     @torch.no_grad()
-    def encode_keys(self, step: int, views: Tensor) -> Tensor:
+    def encode_keys(self, shuffle: Tensor, views: Tensor) -> Tensor:
         """The keys of the global batch, (b * G, P), each normalised among other rows than its query (shuffled BN)."""
         served = self.parts.lanes
         gathered = collectives.gather_lanes(views, served)
-        shuffle = torch.from_numpy(permutation(stream_key(self.seed, "shuffle", step), len(gathered)))
-        shuffle = shuffle.to(views.device, non_blocking=True)
         own = collectives.own_lanes(gathered[shuffle], served)
         shuffled = self.parts.join([self.momentum_encoder.model(rows) for rows in self.parts.split(own)])
         keys = collectives.gather_lanes(shuffled, served)
@@ -136,7 +145,7 @@ class MoCo:
         """Go on from ``state``."""
         self.momentum_encoder.restore(state)
         self.queue.keys.copy_(state["queue"])
-        self.queue.position = state["queue_position"]
+        self.queue.position.copy_(state["queue_position"])
 
 
 class Byol:
@@ -148,17 +157,23 @@ class Byol:
         predicting = PredictingEncoder(encoder, settings.projection_dim, stream_key(seed, "projector")).to(device)
         self.query: ProjectedEncoder | PredictingEncoder = predicting
         self.momentum_encoder = MomentumEncoder(predicting, parts)
+        self.device = device
 
     @property
     def models(self) -> list[nn.Module]:
         """The query and the momentum encoder."""
         return [self.query, self.momentum_encoder.model]
 
-    def directions(self, step: int, total: int, first: Tensor, second: Tensor) -> list[Direction]:
-        """Each view's prediction meets the other's projection."""
+    def of_step(self, step: int, total: int) -> list[Tensor]:
+        """By what share of the way the momentum encoder follows, less from step to step, a scalar."""
         assert self.settings.momentum is not None
-        momentum = 1 - (1 - self.settings.momentum) * (1 + math.cos(math.pi * step / total)) / 2
-        update_momentum(self.momentum_encoder.model, self.query, momentum)
+        share = (1 - self.settings.momentum) * (1 + math.cos(math.pi * step / total)) / 2
+        return [torch.tensor(share).to(self.device, non_blocking=True)]
+
+    def directions(self, first: Tensor, second: Tensor, *of_step: Tensor) -> list[Direction]:
+        """Each view's prediction meets the other's projection."""
+        (share,) = of_step
+        update_momentum(self.momentum_encoder.model, self.query, share)
         return [Direction([first], self.project(second)), Direction([second], self.project(first))]
 
     @torch.no_grad()
@@ -195,7 +210,11 @@ class SimClr:
         """The query."""
         return [self.query]
 
-    def directions(self, step: int, total: int, first: Tensor, second: Tensor) -> list[Direction]:
+    def of_step(self, step: int, total: int) -> list[Tensor]:
+        """Nothing."""
+        return []
+
+    def directions(self, first: Tensor, second: Tensor, *of_step: Tensor) -> list[Direction]:
         """Both views meet each other."""
         return [Direction([first, second], None)]
 

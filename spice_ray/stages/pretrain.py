@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from spice_ray.contracts import Batch, Health, Progress, Wrap
+from spice_ray.contracts import Health, Progress, Wrap
 from spice_ray.core import collectives
 from spice_ray.core.augment import Augmentation, MakeView, view_maker
 from spice_ray.core.encoders import Encoder, compile_encoders
@@ -13,12 +13,12 @@ from spice_ray.core.health import measure_health, why_collapsed
 from spice_ray.core.lanes import Lanes
 from spice_ray.core.moco import cosine
 from spice_ray.core.order import stream_key
-from spice_ray.core.recorded import Recorded
+from spice_ray.core.recorded import Recorded, can_record
 from spice_ray.errors import TrainingError
 from spice_ray.settings import Pretrain
 from spice_ray.stages.accumulation import Parts, exchange
 from spice_ray.stages.contrast import CONTRASTS, Direction
-from spice_ray.stages.optimizers import build_optimizer, set_lr
+from spice_ray.stages.optimizers import build_optimizer, keep_on_device, set_lr
 
 
 def pretrain(
@@ -47,7 +47,7 @@ def pretrain(
         progress: Where to go on from, and whom to tell.
         accumulate: Parts of whole lanes that each batch is computed in, with the same result; a divisor of the lanes.
             SimCLR, where every row meets every other, computes whole batches.
-        compiled: Whether torch compiles the encoders.
+        compiled: Whether torch compiles the encoders, and a GPU records what every step does.
 
     Returns:
         The query encoder, equal on all workers.
@@ -59,13 +59,18 @@ def pretrain(
     trainer = _Trainer(settings, parts, augmentation, seed, device, wrap)
     if compiled:
         trainer.compile()
+    # Not of the trainer, which it refers to.
+    fit = Recorded(trainer.fit, device) if trainer.recorded_on else trainer.fit
     start = trainer.restore(progress.restore())
     steps_per_epoch = num_images // settings.batch_size
     total = settings.epochs * steps_per_epoch
     for step in range(start, total):
         share = cosine(step, total, settings.warmup_epochs * steps_per_epoch)
         set_lr(trainer.optimizer, settings.lr * share)
-        loss = trainer.step(step, total, lanes.batch(step))
+        batch = lanes.batch(step)
+        loss = fit(batch.images, batch.draws, *trainer.contrast.of_step(step, total))
+        # A recorded step puts the next one into its place.
+        loss = collectives.mean_over_workers(loss).clone()
         if (step + 1) % steps_per_epoch == 0:
             _examine((step + 1) // steps_per_epoch, loss, trainer.health(), settings, progress)
         progress.advance(step + 1, total, loss, lambda done=step + 1: trainer.state(done))  # type: ignore[misc]
@@ -106,23 +111,31 @@ class _Trainer:
         self.last: tuple[Tensor, Tensor]
         """Unit rows of the two views of the last step, (b * L, P) each."""
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+        self.recorded_on: torch.device | None = None
 
     def compile(self) -> None:
-        """Have torch compile all encoders, and record how views are made, before the first step."""
+        """Have torch compile all encoders, before the first step.
+
+        A GPU may record all that a worker does who trains alone, of others how they make views.
+        """
         for model in self.contrast.models:
             compile_encoders(model)
-        self.make_views = [Recorded(make, self.device) for make in self.make_views]
+        if self.model is not self.query:
+            self.make_views = [Recorded(make, self.device) for make in self.make_views]
+        elif can_record(self.device):
+            self.recorded_on = self.device
+            keep_on_device(self.optimizer, self.recorded_on)
 
-    def step(self, step: int, total: int, batch: Batch) -> Tensor:
-        """One optimiser step, by the sum of the directions' losses; gives their mean over the global batch."""
-        first, second = (make(batch.images, batch.draws) for make in self.make_views)
+    def fit(self, images: Tensor, draws: Tensor, *of_step: Tensor) -> Tensor:
+        """One optimiser step, by the sum of the directions' losses; gives their mean over this worker's rows."""
+        first, second = (make(images, draws) for make in self.make_views)
         with self.autocast:
-            directions = self.contrast.directions(step, total, first, second)
+            directions = self.contrast.directions(first, second, *of_step)
         self.optimizer.zero_grad(set_to_none=True)
         losses = [self.learn(direction, last=direction is directions[-1]) for direction in directions]
         self.optimizer.step()
         self.contrast.conclude()
-        return collectives.mean_over_workers(torch.stack(losses).mean())
+        return torch.stack(losses).mean()
 
     def learn(self, direction: Direction, *, last: bool) -> Tensor:
         """Add the gradient of one direction, part after part; gives its mean loss."""
@@ -164,5 +177,6 @@ class _Trainer:
         self.query.load_state_dict(state["query"])
         collectives.restore_buffers(self.query, state["query_buffers"])
         self.optimizer.load_state_dict(state["optimizer"])
+        keep_on_device(self.optimizer, self.recorded_on)
         self.contrast.restore(state)
         return cast(int, state["step"])

@@ -51,14 +51,15 @@ def test_a_batchs_other_keys_are_no_negatives():
     torch.testing.assert_close(info_nce(queries, keys, queue, 0.2), torch.stack(single).mean())
 
 
-def test_momentum_moves_every_weight_by_hand():
+@pytest.mark.parametrize("share", [0.1, torch.tensor(0.1)])
+def test_momentum_moves_every_weight_by_hand(share):
     query = ProjectedEncoder(build_encoder("convnet", 1), 8, 2)
     momentum = momentum_copy(query)
     before = [p.clone() for p in momentum.parameters()]
     with torch.no_grad():
         for parameter in query.parameters():
             parameter.add_(1.0)
-    update_momentum(momentum, query, 0.9)
+    update_momentum(momentum, query, share)
     for old, new, target in zip(before, momentum.parameters(), query.parameters(), strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * target.detach())
 
@@ -70,7 +71,7 @@ def test_momentum_0_copies_the_weights_and_never_the_statistics():
     with torch.no_grad():
         for parameter in query.parameters():
             parameter.mul_(1.5)
-    update_momentum(momentum, query, 0.0)
+    update_momentum(momentum, query, 1.0)
     for copied, parameter in zip(momentum.parameters(), query.parameters(), strict=True):
         torch.testing.assert_close(copied, parameter)
     fresh = build_encoder("convnet", 1)
@@ -101,7 +102,7 @@ def test_the_queue_is_a_ring_that_drops_the_oldest():
     seen = []
     for batch in batches:
         queue.push(batch)
-        seen.append(([row[0] for row in queue.keys.tolist()], queue.position))
+        seen.append(([row[0] for row in queue.keys.tolist()], int(queue.position)))
     assert seen[2] == ([1, 1, 2, 2, 3, 3], 0)
     assert seen[3] == ([4, 4, 2, 2, 3, 3], 2)
     assert seen[4] == ([4, 4, 5, 5, 3, 3], 4)

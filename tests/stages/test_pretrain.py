@@ -104,6 +104,11 @@ def worker_lanes(num_lanes: int = 4, rows_per_lane: int = 4) -> ResidentLanes:
     return resident(dataset(), FILES, lane_ids, num_lanes, stream)
 
 
+def fit(trainer: _Trainer, step: int, lanes: ResidentLanes) -> Tensor:
+    batch = lanes.batch(step)
+    return trainer.fit(batch.images, batch.draws, *trainer.contrast.of_step(step, STEPS))
+
+
 def wrap(module):
     if collectives.world_size() == 1:
         return module
@@ -283,7 +288,7 @@ def test_every_weight_learns_in_bf16(case):
     trainer = _Trainer(settings(**changes, precision="bf16"), Parts(4, 1), augmentation(family), SEED, CPU, wrap)
     before = [weights.detach().clone() for weights in trainer.query.parameters()]
     for step in range(2):
-        assert torch.isfinite(trainer.step(step, STEPS, worker_lanes().batch(step)))
+        assert torch.isfinite(fit(trainer, step, worker_lanes()))
     for (name, weights), old in zip(trainer.query.named_parameters(), before, strict=True):
         assert weights.dtype == torch.float32
         assert not torch.equal(weights, old), name
@@ -355,16 +360,17 @@ def test_keys_come_back_in_the_order_of_their_queries():
     views = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     expected = moco.momentum_encoder.model(views)
     for step in range(5):
-        torch.testing.assert_close(moco.encode_keys(step, views), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moco.encode_keys(*moco.of_step(step, STEPS), views), expected, rtol=1e-5, atol=1e-6)
 
 
 def key_groups(moco: MoCo, step: int, views: Tensor) -> list[set[int]]:
     """For each row, the rows whose keys change when it changes: its key's batch-norm group."""
-    keys, groups = moco.encode_keys(step, views), []
+    shuffle = moco.of_step(step, STEPS)[0]
+    keys, groups = moco.encode_keys(shuffle, views), []
     for row in range(len(views)):
         changed = views.clone()
         changed[row] = 3 * changed[row].flip(-1) + 1
-        difference = (moco.encode_keys(step, changed) - keys).abs().amax(dim=1)
+        difference = (moco.encode_keys(shuffle, changed) - keys).abs().amax(dim=1)
         groups.append(set(torch.nonzero(difference > 1e-6).flatten().tolist()))
     return groups
 
@@ -387,7 +393,7 @@ def test_the_queue_takes_in_each_steps_keys_and_keeps_the_rest():
     lanes, queue = worker_lanes(), trainer.contrast.queue
     before = queue.keys.clone()
     for step in range(4):
-        trainer.step(step, STEPS, lanes.batch(step))
+        fit(trainer, step, lanes)
         halves = [slice(0, 16), slice(16, 32)]
         new, old = halves[step % 2], halves[1 - step % 2]
         assert torch.equal(queue.keys[old], before[old])
