@@ -30,7 +30,7 @@ from spice_ray.core.neighbors import MOST_KEPT, NeighborSearch
 CLUSTERS = 10
 NEAR_TIE = 1e-6
 KEPT_ON_GPU = 16 << 30
-"""Bytes: as a run would keep them on one of 80 GB."""
+"""Bytes: a run keeps as many on a GPU that has 48 GB free."""
 
 
 def make_rows(num_rows: int, width: int) -> Tensor:

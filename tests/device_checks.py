@@ -22,6 +22,7 @@ if __name__ == "__main__":
     make_known()  # before anything of ours decorates functions with what it replaces
 
 from spice_ray.contracts import Health
+from spice_ray.core import neighbor_candidates as candidates
 from spice_ray.core import recorded as records
 from spice_ray.core.encoders import build_encoder
 from spice_ray.core.heads import ClusterHead
@@ -47,6 +48,7 @@ def neighbors() -> None:
     """Searched for there as here, from wherever rows are, and however many of them are kept."""
     generator = torch.Generator().manual_seed(0)
     alike = torch.full((2100, 16), 0.25)
+    candidates.ON_GPU = candidates.ON_GPU._replace(queries=256, tile=64)  # several of each
     for many in (normalize(torch.randn(4200, 32, generator=generator)), alike, alike[:300]):
         rows = torch.cat((many, many[:50]))
         expected = [of_all[-400:] for of_all in exact_neighbors(rows, 10)]
@@ -57,6 +59,7 @@ def neighbors() -> None:
                 found = search.find(max(0, len(rows) - 400), len(rows))
                 assert torch.equal(found[0], expected[0])
                 assert torch.equal(found[1], expected[1])
+                assert search.num_compared_with_all == (0 if many.shape[1] == 32 else len(found[0]))
 
 
 def lanes_of(images: Tensor, files: list[int], stream: Stream, device: torch.device) -> ResidentLanes:
@@ -184,6 +187,7 @@ def train_small_heads(device: torch.device, *, resident: bool = False, **changes
         seed=test_train_heads.SEED,
         train_ids=np.arange(len(bank.plain)),
         progress=Forgotten(),
+        starts=[ClusterHead(test_train_heads.WIDTH, test_train_heads.CLUSTERS, key) for key in (8, 9)],
     )
 
 

@@ -6,8 +6,8 @@ cannot be among the k. What is left, hardly more than k rows, is compared exactl
 k-th greatest s is known to be g, a row with s' < g - E is out too. Rounding to the cheap type keeps the order, so the
 tests may be made on rounded values.
 
-What E takes for granted of how a device sums up is checked on every pair that is compared; a query of which one errs
-more is said not to be known.
+E takes for granted how a device sums up. As a precaution that is checked on every pair that is compared: a query of
+which one errs more is said not to be known. So is one that leaves too many rows.
 
 A product in half precision costs a fifth of one in float32 on a processor with matrix tiles, and far less of one in
 float64 on a GPU; then choosing is what costs. It looks at the greatest similarity of each group of columns first, and
@@ -37,7 +37,7 @@ _FOLD = 8
 _SPARE = 4
 """Times k: so many of these there should be, else the k-th of them lies far below the k-th similarity."""
 _PAIRS_AT_ONCE = 1 << 23
-"""Of a query block, on a GPU."""
+"""Of a query block, at most, on a GPU."""
 
 
 class Cheap(NamedTuple):
@@ -55,7 +55,8 @@ class Cheap(NamedTuple):
 
 ON_TILES = Cheap(torch.bfloat16, 2.0**-23, QUERIES, 1 << 15)
 # Of half precisions float16 errs less, and numbers of unit rows are in its reach. Tensor cores cut off what does not
-# fit into float32, also of numbers that they align before they add them: four times what rounding each sum would lose.
+# fit into float32, also of numbers that they align before they add them: four times what cutting off each sum would
+# lose.
 ON_GPU = Cheap(torch.float16, 2.0**-21, 1 << 12, 1 << 16)
 
 
@@ -79,9 +80,11 @@ class Pairs(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """All pairs of a query block that can be among the nearest."""
+    """All pairs of a query block that can be among the nearest, but of queries that have too many."""
 
     pairs: Pairs
+    is_few: Tensor
+    """Which queries have not, bool, (b,)."""
     floor: Tensor
     """f: what the cheap similarities of at least k rows of a query reach, float32, (b, 1)."""
     error: Tensor
@@ -92,7 +95,9 @@ def cheap_of(device: torch.device, k: int) -> Cheap | None:
     """How similarities to k neighbours are cheap there; None where they are not."""
     if device.type == "cpu":
         return ON_TILES if has_matrix_tiles() else None
-    return ON_GPU._replace(queries=min(ON_GPU.queries, _PAIRS_AT_ONCE // most_compared(k)))
+    # A power of two, of which workers' parts are multiples.
+    at_once = 1 << (_PAIRS_AT_ONCE // most_compared(k)).bit_length() - 1
+    return ON_GPU._replace(queries=min(ON_GPU.queries, at_once))
 
 
 def has_matrix_tiles() -> bool:
@@ -115,6 +120,7 @@ class CandidateBank:
                 anew.
         """
         self._take, self._num_rows, self._k, self._cheap = take, shape[0], k, cheap
+        self._most = most_compared(k)
         self._tile = _tile_of(*shape, cheap.tile)
         self._kept: list[Tensor] = []
         self._norm = self._loss = 0.0
@@ -129,18 +135,13 @@ class CandidateBank:
     def best(self, queries: Tensor, own: Tensor, compare: Compare) -> tuple[Tensor, Tensor]:
         """The k greatest keys of each query, falling, int64, (b, k), and which are known to be these, bool, (b,).
 
-        None of them where there are too many candidates.
-
         Args:
             queries: Exact rows, float32, (b, D).
             own: Their row numbers, int64, (b,).
             compare: Compares rows exactly.
         """
-        best, is_known = no_keys(len(own), self._k, own.device), torch.zeros_like(own, dtype=torch.bool)
         found = self.candidates(queries, own)
-        if found is None:
-            return best, is_known
-        pairs = found.pairs
+        pairs, best = found.pairs, no_keys(len(own), self._k, own.device)
         is_sure = pairs.cheap >= found.floor[pairs.queries, 0]
         sure = pairs.where(is_sure)
         exact = compare(queries, sure.queries, sure.rows)
@@ -149,32 +150,31 @@ class CandidateBank:
         others = pairs.where(~is_sure & (pairs.cheap >= needed[pairs.queries, 0]))
         exact_others = compare(queries, others.queries, others.rows)
         best = merge_pairs(best, others.queries, keys_of(exact_others, others.rows))
-        is_known |= similarities_of(best[:, -1]) > -torch.inf
+        is_known = found.is_few & (similarities_of(best[:, -1]) > -torch.inf)
         for some, similarities in ((sure, exact), (others, exact_others)):
             is_known[some.queries[self._is_off(some, similarities, found.error)]] = False
         return best, is_known
 
-    def candidates(self, queries: Tensor, own: Tensor) -> Candidates | None:
-        """All rows that can be among the k nearest of each query, itself left out; None where there are too many.
+    def candidates(self, queries: Tensor, own: Tensor) -> Candidates:
+        """All rows that can be among the k nearest of each query, itself left out.
 
         Args:
             queries: Exact rows, float32, (b, D).
             own: Their row numbers, int64, (b,).
         """
-        k = self._k
         cheap, error = queries.to(self._cheap.dtype), self.error_of(queries)
-        best = torch.full((len(queries), k), -torch.inf, device=queries.device)
-        found, room = list[Pairs](), most_compared(k) * len(queries)
+        best = torch.full((len(queries), self._k), -torch.inf, device=queries.device)
+        is_few = torch.ones_like(own, dtype=torch.bool)
+        found = list[Pairs]()
         for start in range(0, self._num_rows, self._tile):
             similarities = self._similarities(cheap, own, start)
-            groups = similarities.view(len(queries), _GROUP, -1).amax(dim=1).float()
-            best = torch.cat((best, _folded(groups, k)), dim=1).topk(k, dim=1).values
-            chosen = _above(similarities, groups, self._threshold(best, error), start, room)
-            if chosen is None:
-                return None
-            room -= len(chosen.rows)
-            found.append(chosen)
-        return Candidates(_left(found, self._threshold(best, error)), best[:, -1:], error)
+            groups = similarities.view(len(queries), _GROUP, -1).amax(dim=1)
+            best = torch.cat((best, _folded(groups, self._k).float()), dim=1).topk(self._k, dim=1).values
+            threshold = self._threshold(best, error)
+            found.append(_above(similarities, groups, threshold, start, is_few, self._most))
+            if sum(len(pairs.rows) for pairs in found) > self._most * len(queries):
+                found = [_left(found, threshold, is_few, self._most)]
+        return Candidates(_left(found, threshold, is_few, self._most), is_few, best[:, -1:], error)
 
     def error_of(self, queries: Tensor) -> Tensor:
         """E of each query, float32, (b, 1).
@@ -190,10 +190,10 @@ class CandidateBank:
         return error
 
     def _threshold(self, best: Tensor, error: Tensor) -> Tensor:
-        """Below which no rounded similarity belongs to one of the k nearest, float32, (b, 1)."""
-        floor = best[:, -1:]
+        """Below which no rounded similarity belongs to one of the k nearest, in the cheap type, (b, 1)."""
+        floor, kind = best[:, -1:], self._cheap.dtype
         # A rounded similarity of f was at least f less half the gap to the next one.
-        return self._rounded(floor - self._half_gap(floor) - 2 * error).clamp_min_(torch.finfo(torch.float32).min)
+        return (floor - self._half_gap(floor) - 2 * error).to(kind).clamp_min_(torch.finfo(kind).min)
 
     def _is_off(self, pairs: Pairs, exact: Tensor, error: Tensor) -> Tensor:
         """Which cheap similarities err more than they can, bool, (P,)."""
@@ -216,9 +216,9 @@ class CandidateBank:
         with _summed_in_float32():
             similarities = torch.mm(queries, tile.T, out=self._space[: len(queries)])
         similarities[:, self._num_rows - start :] = -torch.inf
-        inside = ((own >= start) & (own < start + self._tile)).nonzero()[:, 0]
-        similarities[inside, own[inside] - start] = -torch.inf
-        return similarities
+        place = (own - start).clamp(0, self._tile - 1)[:, None]
+        is_own = place == (own - start)[:, None]
+        return similarities.scatter_(1, place, similarities.gather(1, place).masked_fill_(is_own, -torch.inf))
 
     def _cheap_tile(self, rows: Tensor) -> Tensor:
         """In the cheap type, with zeros where the last tile has no row, (t, D)."""
@@ -230,12 +230,13 @@ class CandidateBank:
 def _summed_in_float32() -> Iterator[None]:
     """A GPU may else sum up parts of a product in half precision."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_accumulation
-    matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_accumulation = False, False
+    reduction = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction_split_k
+    accumulation = matmul.allow_fp16_accumulation
+    matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_accumulation = (False, reduction[1]), False
     try:
         yield
     finally:
-        matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_accumulation = before
+        matmul.allow_fp16_reduced_precision_reduction, matmul.allow_fp16_accumulation = reduction, accumulation
 
 
 def _tile_of(num_rows: int, width: int, most: int) -> int:
@@ -250,23 +251,23 @@ def _folded(groups: Tensor, k: int) -> Tensor:
     return groups.view(len(groups), fold, -1).amax(dim=1)
 
 
-def _above(similarities: Tensor, groups: Tensor, threshold: Tensor, start: int, room: int) -> Pairs | None:
-    """The pairs of a tile that reach the threshold; None where they are too many."""
-    queries, group = (groups >= threshold).nonzero(as_tuple=True)
-    if len(queries) > room:
-        return None
-    members = similarities.view(*groups.shape[:1], _GROUP, -1)[queries, :, group].float()
-    pair, place = (members >= threshold[queries]).nonzero(as_tuple=True)
-    if len(pair) > room:
-        return None
+def _above(similarities: Tensor, groups: Tensor, threshold: Tensor, start: int, is_few: Tensor, most: int) -> Pairs:
+    """The pairs of a tile that reach the threshold; a query that has more than ``most`` is marked and left out."""
+    reach = groups >= threshold
+    is_few &= reach.sum(dim=1) <= most  # each of them has one at least
+    queries, group = (reach & is_few[:, None]).nonzero(as_tuple=True)
+    members = similarities.view(*groups.shape[:1], _GROUP, -1)[queries, :, group]
+    reach = members >= threshold[queries]
+    is_few &= torch.zeros_like(is_few, dtype=torch.int64).index_add_(0, queries, reach.sum(dim=1)) <= most
+    pair, place = (reach & is_few[queries, None]).nonzero(as_tuple=True)
     rows = start + place * groups.shape[1] + group[pair]
-    return Pairs(queries[pair], rows, members[pair, place])
+    return Pairs(queries[pair], rows, members[pair, place].float())
 
 
-def _left(found: list[Pairs], threshold: Tensor) -> Pairs:
-    """Of all tiles' pairs those that reach the last threshold, by rising query."""
-    if len(found) == 1:
-        return found[0]
+def _left(found: list[Pairs], threshold: Tensor, is_few: Tensor, most: int) -> Pairs:
+    """Of all tiles' pairs those that reach the last threshold, by rising query; of none that has more than ``most``."""
     pairs = Pairs(*(torch.cat(values) for values in zip(*found, strict=True)))
     pairs = pairs.where(pairs.cheap >= threshold[pairs.queries, 0])
-    return pairs.at(pairs.queries.argsort(stable=True))
+    is_few &= pairs.queries.bincount(minlength=len(is_few)) <= most
+    pairs = pairs.where(is_few[pairs.queries])
+    return pairs if len(found) == 1 else pairs.at(pairs.queries.argsort(stable=True))

@@ -62,11 +62,11 @@ class NeighborSearch:
             embeddings: Unit rows, taken as float32, (N, D); may be a memory-mapped array.
             k: Neighbours per row, in 1..N-1.
             block: Rows of a query block and of the tiles that it meets one by one. Working memory is at most about
-                ``block`` * (100 * ``block`` + 40 * D + 40 * k) bytes whatever N is; there is never an N x N array. For
-                many rows it is at most about 1.5 GB instead, and the block is a fixed one.
+                ``block`` * (100 * ``block`` + 40 * D + 40 * k) bytes whatever N is, or, for many rows, 1.5 GB where
+                that is more; there is never an N x N array.
             device: Where to compute; none: where the embeddings are.
-            most_kept: Bytes of rows that are kept on the device, and again of what stands for them there; of more, each
-                block of queries takes them anew.
+            most_kept: Bytes of rows that are kept on the device, and on a GPU again of what stands for them; of more,
+                each block of queries takes them anew.
 
         Raises:
             ValueError: ``k`` is not in 1..N-1, ``block`` is below 1, or a value is not finite.
@@ -75,10 +75,12 @@ class NeighborSearch:
         _check_finite(embeddings, block)
         self._k, self._block, self._most_kept = k, block, most_kept
         self._uses_banks = len(embeddings) >= max(_MANY_ROWS, 64 * k) and k <= MOST_NEIGHBORS
-        self._rows = GridRows(embeddings, device, most_kept if self._uses_banks else 0, block)
+        self._rows = GridRows(embeddings, device, most_kept, block)
         self._cheap = cheap_of(self._rows.device, k)
         self._on_axes = self._bank_on_axes() if self._uses_banks else None
         self._asked = self._left_open = 0
+        self.num_compared_with_all = 0
+        """Queries so far that left too many rows to any bound; few, but where rows are alike."""
 
     def find(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The neighbours of the rows from ``start`` to ``stop``, the same to the bit whoever asks for the others.
@@ -120,6 +122,7 @@ class NeighborSearch:
                 self._note_left_open(len(open_), len(own))
             if not len(open_):
                 return best
+        self.num_compared_with_all += len(open_)
         for some in open_.split(self._block):
             best[some] = self._best_of_all(queries[some], own[some])
         return best

@@ -35,7 +35,7 @@ _BYTES_OF_ACTOR = 2e9
 """At most: rows that it keeps, what it compares at once, and torch."""
 _STEP = 1024
 _GPU_BLOCK = 4096
-"""A GPU has little to do in a block of so few rows as a processor takes; the working memory of one is 2 GB."""
+"""A GPU has little to do in a block of so few rows as a processor takes; working memory is up to 2 GB then."""
 _KEPT_SHARE = 2 / 3
 """Of what a process may hold on a GPU: half of it again is for what stands for the rows."""
 _RETRIES = 3
