@@ -53,9 +53,11 @@ def timed(work: Any) -> tuple[Any, float]:
     return found, time.perf_counter() - start
 
 
-def by_ours(rows: Tensor, queries: int, k: int, device: str) -> tuple[Tensor, Tensor]:
+def by_ours(rows: Tensor, queries: int, k: int, device: str) -> tuple[Tensor, int]:
+    """Row numbers, and how many queries no bound was of use for."""
     kept = MOST_KEPT if device == "cpu" else KEPT_ON_GPU
-    return NeighborSearch(rows, k, device=torch.device(device), most_kept=kept).find(0, queries)
+    search = NeighborSearch(rows, k, device=torch.device(device), most_kept=kept)
+    return search.find(0, queries)[0], search.num_compared_with_all
 
 
 def by_faiss(rows: Tensor, queries: int, k: int) -> Tensor:
@@ -103,7 +105,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds: dict[str, list[float]] = {"spice_ray": [], "faiss": []}
     for number in range(options.rounds + 1):
-        (ours, _), own = timed(lambda: by_ours(rows, queries, k, options.device))
+        (ours, left_open), own = timed(lambda: by_ours(rows, queries, k, options.device))
         if number == 0:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         if number:  # the first round warms up
@@ -121,6 +123,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "ratio": median(np.divide(seconds["faiss"], seconds["spice_ray"]).tolist()) if seconds["faiss"] else None,
         "memory_mb": memory / 1024,
+        "compared_with_all": left_open,
         "unlike_faiss": unlike(rows, ours, without_own(theirs)) if seconds["faiss"] else None,
         "unlike_float64": unlike(rows, ours[:checked], by_float64(rows, checked, k)),
         "checked": checked,
