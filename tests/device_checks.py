@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from tests.pretended_device import Pretended, make_known
 
@@ -68,41 +70,66 @@ def lanes_of(images: Tensor, files: list[int], stream: Stream, device: torch.dev
     return ResidentLanes(lanes, resident_rows(images, lanes), stream, device)
 
 
-Trained = tuple[list[float], dict[str, Tensor]]
-"""Losses and weights."""
-
-
-def of_both(train: Callable[[torch.device], Trained]) -> None:
-    """Losses and weights there are those here."""
-    (losses, weights), (others, there) = train(HERE), train(THERE)
-    assert losses == others
-    assert {one.device.type for one in there.values()} == {DEVICE}
-    assert all(torch.equal(weights[name], there[name].cpu()) for name in weights)
-
-
 class Late:
-    """Reads losses when training is over, as late as anybody may."""
+    """Reads losses when training is over, as late as anybody may; keeps what others need to go on, and may go on."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        self.state = state
         self.losses: list[Tensor] = []
+        self.health: list[Health] = []
+        self.states: dict[int, dict[str, Any]] = {}
 
-    def restore(self) -> None:
-        """There is nothing to go on from."""
+    def restore(self) -> dict[str, Any] | None:
+        """What an earlier one has kept."""
+        return self.state
 
     def note_health(self, epoch: int, loss: Tensor, health: Health) -> None:
-        """Losses are enough."""
+        """Once an epoch."""
+        self.health.append(health)
 
     def advance(self, step: int, total: int, loss: Tensor, snapshot: Callable[[], Any]) -> None:
-        """Look at the state as those do who keep it."""
+        """Keep a copy, as a file would have it."""
         self.losses.append(loss)
-        if step == total:
-            snapshot()
+        self.states[step] = tree_map_only(Tensor, lambda one: one.to(HERE, copy=True), snapshot())
+
+    def learned(self, model: nn.Module) -> "Learned":
+        """All that was seen."""
+        weights = {name: one.cpu() for name, one in model.state_dict().items()}
+        losses = torch.stack(self.losses).tolist()
+        return Learned(next(model.parameters()).device.type, losses, self.health, self.states, weights)
 
 
-def train_small_encoder(device: torch.device, case: str, accumulate: int, *, compiled: bool = False) -> Trained:
+class Learned(NamedTuple):
+    """What came of a training."""
+
+    device: str
+    losses: list[float]
+    health: list[Health]
+    states: dict[int, dict[str, Any]]
+    weights: dict[str, Tensor]
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """All numbers are the same to the bit."""
+    (values, tree), (others, same_tree) = tree_flatten(one), tree_flatten(other)
+    assert tree == same_tree
+    for value, of_other in zip(values, others, strict=True):
+        assert torch.equal(value, of_other) if isinstance(value, Tensor) else value == of_other
+
+
+def of_both(train: Callable[[torch.device], Learned]) -> None:
+    """What is learned there is what is learned here."""
+    here, there = train(HERE), train(THERE)
+    assert (here.device, there.device) == ("cpu", DEVICE)
+    assert_same(here[1:], there[1:])
+
+
+def train_small_encoder(
+    device: torch.device, case: str, accumulate: int, *, compiled: bool = False, state: dict[str, Any] | None = None
+) -> Learned:
     """A case of stage 1."""
     family, changes = test_pretrain.CASES[case]
-    late = Late()
+    late = Late(state)
     encoder = pretrain(
         test_pretrain.settings(**(changes | {"epochs": 2})),
         lanes_of(
@@ -120,7 +147,7 @@ def train_small_encoder(device: torch.device, case: str, accumulate: int, *, com
         accumulate=accumulate,
         compiled=compiled,
     )
-    return torch.stack(late.losses).tolist(), encoder.state_dict()
+    return late.learned(encoder)
 
 
 def contrast() -> None:
@@ -129,11 +156,13 @@ def contrast() -> None:
         of_both(partial(train_small_encoder, case=case, accumulate=1 + number % 2))
 
 
-JOINT_STEPS = 8
+SMALL_STEPS = 8
 JOINT_CASES = [*test_train_joint.CASES.values(), ("natural", {"patience": 100, "optimizer": "adamw"})]
 
 
-def train_small_joint(device: torch.device, number: int, *, compiled: bool = False) -> Trained:
+def train_small_joint(
+    device: torch.device, number: int, *, compiled: bool = False, state: dict[str, Any] | None = None
+) -> Learned:
     """A case of stage 3, every other one in parts."""
     family, changes = JOINT_CASES[number]
     weights = test_train_joint.WEIGHTS
@@ -141,9 +170,9 @@ def train_small_joint(device: torch.device, number: int, *, compiled: bool = Fal
         Stream(stream_key(test_train_joint.SEED, "labelled"), 2, 100, with_replacement, weights > 0),
         Stream(stream_key(test_train_joint.SEED, "unlabelled"), 4, window=100),
     )
-    late = Late()
+    late = Late(state)
     trained = train_joint(
-        test_train_joint.settings(**(changes | {"steps": JOINT_STEPS})),
+        test_train_joint.settings(**(changes | {"steps": SMALL_STEPS})),
         test_train_joint.initial_model(),
         *(lanes_of(test_train_joint.dataset(), test_train_joint.FILES, stream, device) for stream in streams),
         test_train_joint.augmentation(family),
@@ -156,13 +185,19 @@ def train_small_joint(device: torch.device, number: int, *, compiled: bool = Fal
         accumulate=1 + number % 2,
         compiled=compiled,
     )
-    return torch.stack(late.losses).tolist(), trained.model.state_dict()
+    return late.learned(trained.model)
 
 
 def joint() -> None:
     """Stage 3."""
     for number in range(len(JOINT_CASES)):
         of_both(partial(train_small_joint, number=number))
+
+
+SMALL: list[Callable[..., Learned]] = [
+    *(partial(train_small_encoder, case=case, accumulate=1 + n % 2) for n, case in enumerate(test_pretrain.CASES)),
+    *(partial(train_small_joint, number=number) for number in range(len(JOINT_CASES))),
+]
 
 
 class Forgotten:
@@ -217,7 +252,7 @@ def pretend_to_record() -> list[Recording]:
 
     cuda = SimpleNamespace(
         CUDAGraph=Graph,
-        graph=lambda graph: graph.record(),
+        graph=lambda graph, **how: graph.record(),
         current_stream=lambda device: stream,
         Stream=lambda device: stream,
         stream=lambda stream: nullcontext(),
@@ -245,15 +280,32 @@ def recorded() -> None:
     for changes in test_train_heads.ABLATIONS[:2]:
         assert_same_heads(*both(partial(train_small_heads, THERE, **changes)))
         assert recordings.pop().replays + recordings.pop().replays > 40  # of whole batches, and of last ones
-    encoders = [
-        partial(train_small_encoder, THERE, case, 1 + number % 2) for number, case in enumerate(test_pretrain.CASES)
-    ]
-    for train in (*encoders, *(partial(train_small_joint, THERE, number) for number in range(len(JOINT_CASES)))):
-        (losses, weights), (others, there) = both(partial(train, compiled=True))
-        assert losses == others
-        assert len(set(losses)) == len(losses)
-        assert all(torch.equal(weights[name], there[name]) for name in weights)
-        assert recordings.pop().replays == len(losses) - 2
+    for train in SMALL:
+        as_it_stands, found = both(partial(train, THERE, compiled=True))
+        assert_same(as_it_stands, found)
+        assert len(set(found.losses)) == len(found.losses)
+        assert recordings.pop().replays == len(found.losses) - 2
+
+
+def gone_on() -> None:
+    """What is interrupted goes on, recorded or not, from what was recorded or not."""
+    recordings = pretend_to_record()
+    stop = 4
+    for train in (SMALL[0], SMALL[-1]):  # SGD and AdamW
+        recorded, plain = (train(THERE, compiled=compiled) for compiled in (True, False))
+        kept = {True: recorded.states[stop], False: plain.states[stop]}
+        for before in (True, False):
+            for after in (True, False):
+                recordings.clear()
+                found = train(THERE, compiled=after, state=kept[before])
+                assert bool(recordings) == after
+                whole = recorded if after else plain
+                if before == after:
+                    assert_same(found.losses, whole.losses[stop:])
+                    assert_same(found.weights, whole.weights)
+                # A recorded step has its learning rate in float32.
+                assert found.losses == pytest.approx(whole.losses[stop:], rel=1e-3)
+                assert found.states[2 * stop]["step"] == 2 * stop
 
 
 def features() -> None:
@@ -286,7 +338,7 @@ def strangers() -> None:
         raise SystemExit("tensors of two devices were not refused")
 
 
-CHECKS: Sequence[Callable[[], Any]] = (neighbors, contrast, heads, joint, recorded, features, strangers)
+CHECKS: Sequence[Callable[[], Any]] = (neighbors, contrast, heads, joint, recorded, gone_on, features, strangers)
 
 if __name__ == "__main__":
     with Pretended():

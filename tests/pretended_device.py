@@ -12,7 +12,13 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 DEVICE = "pretended"
 _ATEN = torch.ops.aten
-_LEAVING = (_ATEN._local_scalar_dense.default, _ATEN.nonzero.default, _ATEN.masked_select.default)
+_LEAVING = (
+    _ATEN._local_scalar_dense.default,
+    _ATEN.nonzero.default,
+    _ATEN.masked_select.default,
+    _ATEN.equal.default,
+    _ATEN._unique2.default,
+)
 """What these give the host has to wait for."""
 _MOVING = (_ATEN._to_copy.default, _ATEN.copy_.default)
 _INDEXING = (_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default)
@@ -44,6 +50,7 @@ class There(Tensor):
 
     def tolist(self) -> Any:
         """Its numbers, as torch has them of its own devices only."""
+        assert Recording.current is None, "a list waits for the device while it is recorded"
         return self.here.tolist()
 
     @classmethod
@@ -74,8 +81,9 @@ class Recording:
         self.replays = 0
 
     def note(self, call: Any, flat: list[Any], tree: Any, result: Any) -> None:
-        """Keep a call that was made, and what it gave."""
-        self._calls.append((call, flat, tree, result))
+        """Keep a call that was made, and what it gave; of the processor's numbers, as they are now."""
+        kept = [one.clone() if isinstance(one, Tensor) and not isinstance(one, There) else one for one in flat]
+        self._calls.append((call, kept, tree, result))
 
     def spare(self, call: Any, args: Any, kwargs: Any) -> None:
         """Remember what a call that is about to be made changes."""
@@ -114,15 +122,28 @@ def _computed(call: Any, args: Any, kwargs: Any) -> Any:
     recording = Recording.current
     if recording is None:
         return _answered(call, flat, tree, args, kwargs)
-    assert call not in _LEAVING, f"{call} waits for the device while it is recorded"
+    assert not _waits(call, args), f"{call} waits for the device while it is recorded"
     recording.spare(call, args, kwargs)
     result = _answered(call, flat, tree, args, kwargs)
     is_there = any(isinstance(one, There) for one in [*flat, *tree_flatten(result)[0]])
     if is_there:
-        arrives = call in _MOVING and not isinstance(args[call is _ATEN.copy_.default], There)
+        moved, brought = args[call is _ATEN.copy_.default] if call in _MOVING else None, tree_flatten(result)[0]
+        arrives = moved is not None and not isinstance(moved, There)
         assert not arrives, f"{call} brings a value that would be the same at every replay"
+        leaves = moved is not None and not any(isinstance(one, There) for one in brought)
+        assert not leaves, f"{call} waits for the device while it is recorded"
         recording.note(call, flat, tree, result)
     return result
+
+
+def _waits(call: Any, args: Any) -> bool:
+    """Whether the host would have to know a value of the device, or the device get one of the host's."""
+    if call in _INDEXING and isinstance(args[0], There):
+        indices = [one for one in args[1] if one is not None]
+        return any(one.dtype == torch.bool or not isinstance(one, There) for one in indices)
+    if call is _ATEN.copy_.default:
+        return isinstance(args[1], There) and not isinstance(args[0], There)
+    return call in _LEAVING and any(isinstance(one, There) for one in args)
 
 
 def _answered(call: Any, flat: list[Any], tree: Any, args: Any, kwargs: Any) -> Any:

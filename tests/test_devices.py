@@ -5,7 +5,9 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "checks", [("strangers", "neighbors", "contrast", "heads", "joint", "features"), ("recorded",)], ids=len
+    "checks",
+    [("strangers", "neighbors", "contrast", "heads", "joint", "features"), ("recorded",), ("gone_on",)],
+    ids=" ".join,
 )
 def test_what_is_computed_on_a_device_meets_no_tensor_of_another(checks: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "tests.device_checks", *checks]

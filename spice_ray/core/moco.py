@@ -46,8 +46,10 @@ def update_momentum(momentum_model: nn.Module, model: nn.Module, share: float | 
     """Move every weight of the momentum model by ``share`` of the way to the model's: 1 - m, a number or a scalar."""
     old: list[Tensor] = list(momentum_model.parameters())
     new: list[Tensor] = list(model.parameters())
-    if isinstance(share, Tensor):
-        torch._foreach_lerp_(old, new, [share] * len(old))
+    if isinstance(share, Tensor):  # of which torch has no lerp of many tensors at once
+        steps = torch._foreach_sub(new, old)
+        torch._foreach_mul_(steps, share)
+        torch._foreach_add_(old, steps)
     else:
         torch._foreach_lerp_(old, new, share)
 

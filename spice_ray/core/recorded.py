@@ -3,6 +3,7 @@
 import gc
 from collections import Counter
 from collections.abc import Callable
+from functools import cached_property
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -34,14 +35,20 @@ class Recorded(Generic[Result]):
         """Take work that gives a tensor, or nothing.
 
         Args:
-            work: Takes tensors on ``device``. It may change nothing but tensors there that live as long as this, must
-                not ask for a value of theirs on the host, must do the same each time for inputs of the same shapes, and
-                should not refer to what refers to this: graphs have to go when they are not needed any more.
+            work: Takes tensors on ``device``. It may change tensors there that live as long as this, and bind names to
+                new ones that each replay writes anew, but nothing else; must not ask for a value of theirs on the host;
+                must do the same each time for inputs of the same shapes; and should not refer to what refers to this:
+                graphs have to go when they are not needed any more.
             device: Where it computes.
         """
         self._work, self._device = work, device
         self._times = Counter[Shapes]()
         self._recordings: dict[Shapes, _Recording[Result]] = {}
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        """Where work is recorded, and done before: autograd remembers streams, and they share no freed memory."""
+        return torch.cuda.Stream(self._device)
 
     def __call__(self, *inputs: Tensor) -> Result:
         """Do the work; what it gives may be overwritten when it is done again."""
@@ -60,12 +67,12 @@ class Recorded(Generic[Result]):
         return recording.result
 
     def _aside(self, inputs: tuple[Tensor, ...]) -> Result:
-        """As it stands, on a stream of its own, as it will be recorded: autograd remembers streams."""
-        usual, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
-        aside.wait_stream(usual)
-        with torch.cuda.stream(aside):
+        """As it stands."""
+        usual = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(usual)
+        with torch.cuda.stream(self._stream):
             result = self._work(*inputs)
-        usual.wait_stream(aside)
+        usual.wait_stream(self._stream)
         return result
 
     def _record(self, inputs: tuple[Tensor, ...]) -> _Recording[Result]:
@@ -76,7 +83,8 @@ class Recorded(Generic[Result]):
         gc.collect()
         gc.disable()
         try:
-            with torch.cuda.graph(graph):
+            # Threads that read ahead may pin memory meanwhile.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 result = self._work(*kept)
         finally:
             if collects:

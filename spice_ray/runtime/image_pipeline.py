@@ -155,8 +155,9 @@ class ImagePipeline(Pipeline):
     @cached_property
     def first_round(self) -> Round:
         """What stage 3 begins with."""
+        reliable = self.reliable  # first: it has stage 2 trained before neighbours are looked for
         neighbors = None if self.recipe.reliable.labels is not None else self.neighbors
-        return Round(1, self.reliable, neighbors)
+        return Round(1, reliable, neighbors)
 
     @cached_property
     def last_round(self) -> Round:

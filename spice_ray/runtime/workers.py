@@ -79,7 +79,7 @@ class Host:
     accumulate: int = 1
     """Parts that it computes a batch in."""
     compiled: bool = False
-    """Whether torch compiles the encoders."""
+    """Whether torch compiles the encoders, and a GPU records what it does."""
 
 
 def may_compile(scale: Scale) -> bool:

@@ -47,7 +47,8 @@ def pretrain(
         progress: Where to go on from, and whom to tell.
         accumulate: Parts of whole lanes that each batch is computed in, with the same result; a divisor of the lanes.
             SimCLR, where every row meets every other, computes whole batches.
-        compiled: Whether torch compiles the encoders, and a GPU records what every step does.
+        compiled: Whether torch compiles the encoders, and a GPU records steps, or with several workers how views are
+            made.
 
     Returns:
         The query encoder, equal on all workers.

@@ -68,7 +68,8 @@ def train_joint(
         wrap: Makes a module train data-parallel.
         progress: Where to go on from, and whom to tell.
         accumulate: Parts of whole lanes that each batch is computed in, with the same result; a divisor of the lanes.
-        compiled: Whether torch compiles the encoder, and a GPU records what every step does.
+        compiled: Whether torch compiles the encoder, and a GPU records steps, or with several workers how views are
+            made.
 
     Returns:
         The model, equal on all workers, and after how many steps.
