@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="wrn28_2")
     parser.add_argument("--images", type=int, default=8192)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="of each DataLoader, to try")
-    parser.add_argument("--compile", action="store_true", help="ours also with a compiled encoder")
+    parser.add_argument("--compile", action="store_true", help="ours also compiled, and recorded on a GPU")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--steps", type=int, default=1, help="in a turn")
     parser.add_argument("--rounds", type=int, default=5)

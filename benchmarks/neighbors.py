@@ -25,7 +25,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional as F
 
-from spice_ray.core.neighbors import MOST_KEPT, NeighborSearch
+from spice_ray.core.neighbor_rows import MOST_KEPT
+from spice_ray.core.neighbors import NeighborSearch
 
 CLUSTERS = 10
 NEAR_TIE = 1e-6

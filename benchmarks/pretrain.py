@@ -174,7 +174,7 @@ def parse() -> argparse.Namespace:
     beside = commands.add_parser("lightly")
     beside.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="of lightly's DataLoader, to try")
     beside.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    beside.add_argument("--compile", action="store_true", help="ours also with compiled encoders")
+    beside.add_argument("--compile", action="store_true", help="ours also compiled, and recorded on a GPU")
     hosted = commands.add_parser("ray")
     for command, batch, steps, rounds in ((beside, 128, 1, 5), (hosted, 16, 30, 4)):
         command.add_argument("--encoder", choices=sorted(RECIPES), default="resnet18_small")

@@ -40,9 +40,9 @@ class Scale(Settings):
     """Parts that a worker computes a batch in, one after the other: a batch that its memory would not hold at once.
     SimCLR's batches stay whole in stage 1."""
     compile: bool = False
-    """Have torch compile the encoders that are trained, and record what a GPU does in a step (CUDA graphs), or of one
-    of several workers how it makes views. Stages 1 and 3 begin some minutes later, for steps that are meant to be
-    faster on a GPU, and are not on a processor; every node needs a compiler (gcc and g++) and Python's headers."""
+    """Have torch compile the encoders that are trained, and a GPU record the steps of stages 1 and 3 (CUDA graphs), or
+    with several workers how views are made. They begin some minutes later, for steps that are meant to be faster on a
+    GPU, and are not on a processor; every node needs a compiler (gcc and g++) and Python's headers."""
     head_actors: PositiveInt | None = None
     """Actors that share the heads, or the search for neighbours; none: one per head where the cluster has room, else
     one per free processor."""

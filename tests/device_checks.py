@@ -42,7 +42,7 @@ from tests.pretended_device import DEVICE, Recording
 from tests.small_lanes import resident_rows, serve, shard_files
 from tests.stages import test_embed, test_pretrain, test_train_heads, test_train_joint
 
-STAGES = ("pretrain", "train_heads", "train_joint")
+STAGES = ("optimizers", "pretrain", "train_heads", "train_joint")
 HERE, THERE = torch.device("cpu"), torch.device(DEVICE)
 
 
@@ -150,12 +150,6 @@ def train_small_encoder(
     return late.learned(encoder)
 
 
-def contrast() -> None:
-    """Stage 1."""
-    for number, case in enumerate(test_pretrain.CASES):
-        of_both(partial(train_small_encoder, case=case, accumulate=1 + number % 2))
-
-
 SMALL_STEPS = 8
 JOINT_CASES = [*test_train_joint.CASES.values(), ("natural", {"patience": 100, "optimizer": "adamw"})]
 
@@ -188,16 +182,24 @@ def train_small_joint(
     return late.learned(trained.model)
 
 
+ENCODERS: list[Callable[..., Learned]] = [
+    partial(train_small_encoder, case=case, accumulate=1 + number % 2)
+    for number, case in enumerate(test_pretrain.CASES)
+]
+JOINTS: list[Callable[..., Learned]] = [partial(train_small_joint, number=number) for number in range(len(JOINT_CASES))]
+SMALL = ENCODERS + JOINTS
+
+
+def contrast() -> None:
+    """Stage 1."""
+    for train in ENCODERS:
+        of_both(train)
+
+
 def joint() -> None:
     """Stage 3."""
-    for number in range(len(JOINT_CASES)):
-        of_both(partial(train_small_joint, number=number))
-
-
-SMALL: list[Callable[..., Learned]] = [
-    *(partial(train_small_encoder, case=case, accumulate=1 + n % 2) for n, case in enumerate(test_pretrain.CASES)),
-    *(partial(train_small_joint, number=number) for number in range(len(JOINT_CASES))),
-]
+    for train in JOINTS:
+        of_both(train)
 
 
 class Forgotten:
@@ -257,7 +259,7 @@ def pretend_to_record() -> list[Recording]:
         Stream=lambda device: stream,
         stream=lambda stream: nullcontext(),
     )
-    for module in (records, *(sys.modules[f"spice_ray.stages.{stage}"] for stage in STAGES)):
+    for module in (records, *(sys.modules[f"spice_ray.stages.{name}"] for name in STAGES)):
         changed: Any = module
         changed.can_record = lambda device: device.type == DEVICE
         changed.torch = SimpleNamespace(**(vars(torch) | {"cuda": cuda}))

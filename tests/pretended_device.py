@@ -127,11 +127,10 @@ def _computed(call: Any, args: Any, kwargs: Any) -> Any:
     result = _answered(call, flat, tree, args, kwargs)
     is_there = any(isinstance(one, There) for one in [*flat, *tree_flatten(result)[0]])
     if is_there:
-        moved, brought = args[call is _ATEN.copy_.default] if call in _MOVING else None, tree_flatten(result)[0]
-        arrives = moved is not None and not isinstance(moved, There)
-        assert not arrives, f"{call} brings a value that would be the same at every replay"
-        leaves = moved is not None and not any(isinstance(one, There) for one in brought)
-        assert not leaves, f"{call} waits for the device while it is recorded"
+        if call in _MOVING:
+            source = args[1] if call is _ATEN.copy_.default else args[0]
+            assert isinstance(source, There), f"{call} brings a value that would be the same at every replay"
+            assert isinstance(result, There), f"{call} waits for the device while it is recorded"
         recording.note(call, flat, tree, result)
     return result
 

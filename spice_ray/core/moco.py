@@ -43,7 +43,7 @@ def momentum_copy(model: Model) -> Model:
 
 @torch.no_grad()
 def update_momentum(momentum_model: nn.Module, model: nn.Module, share: float | Tensor) -> None:
-    """Move every weight of the momentum model by ``share`` of the way to the model's: 1 - m, a number or a scalar."""
+    """Move every weight of the momentum model by 1 - m of the way to the model's: a number, or float32, ()."""
     old: list[Tensor] = list(momentum_model.parameters())
     new: list[Tensor] = list(model.parameters())
     if isinstance(share, Tensor):  # of which torch has no lerp of many tensors at once
@@ -62,7 +62,7 @@ class KeyQueue:
         generator = torch.Generator().manual_seed(key)
         self.keys = F.normalize(torch.randn(size, width, generator=generator), dim=1).to(device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        """Of the oldest, (1,); on the device too, so that a GPU may record a step."""
+        """Of the oldest key, int64, (1,); on the device too, so that a GPU may record a step."""
 
     def push(self, keys: Tensor) -> None:
         """Replace the oldest keys by ``keys``, (B, P); B divides Q."""

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Floats = NDArray[np.float32]
+from spice_ray.core.neighbor_rows import Floats
 
 MOST_BOUNDED = 1 << 14
 """Rows of a query that the first bound may leave."""

@@ -10,26 +10,20 @@ it, as no row that does was left out. Else what was found, if at least k rows we
 Shapes: N rows, D embedding width, k neighbours, d axes, b queries, t rows of a bank tile.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spice_ray.core.neighbor_axes import MOST_BOUNDED, TRIED, Axes, Floats, Projected, margin_of, most_compared
+from spice_ray.core.neighbor_axes import MOST_BOUNDED, TRIED, Axes, Projected, margin_of, most_compared
 from spice_ray.core.neighbor_keys import keys_of, merge_pairs, no_keys, similarities_of
+from spice_ray.core.neighbor_rows import MOST_KEPT, Compare, Floats, Ints, TakeRows, fetch, space_for_rows
 
-Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Reached = tuple[Ints, Floats]
 """Row numbers and the bounds on their similarities."""
-TakeRows = Callable[[slice | Tensor], Tensor]
-"""Rows by number, float32, (n, D)."""
-Compare = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Exact similarities of pairs, float32, none of them -0.0, (P,): of queries, float32, (b, D); which of them a pair
-belongs to, rising, int64, (P,); and row numbers, int64, (P,)."""
 
 QUERIES = 512
 """b, at most."""
@@ -39,8 +33,6 @@ _TILE_NUMBERS = 1 << 24
 """Of a tile that is taken anew for each block."""
 _CHUNK = 1 << 11
 """Rows that are looked at once when a bank is made: few, so that the memory of one chunk serves the next."""
-_KEPT_BYTES = 512 << 20
-"""Whole rows that are kept; of more, each block of queries takes them anew."""
 _FOLD = 64
 """Columns, at most, whose greatest stands for them where the k-th bound is looked for."""
 _SPARE = 8
@@ -50,7 +42,9 @@ _SPARE = 8
 class BoundBank:
     """All rows, in numbers whose products bound similarities."""
 
-    def __init__(self, take: TakeRows, shape: tuple[int, int], k: int, axes: Axes | None) -> None:
+    def __init__(
+        self, take: TakeRows, shape: tuple[int, int], k: int, axes: Axes | None, most_kept: int = MOST_KEPT
+    ) -> None:
         """Look at all rows once, on the CPU.
 
         Args:
@@ -58,9 +52,10 @@ class BoundBank:
             shape: N and D.
             k: Neighbours per row, at most ``MOST_NEIGHBORS``.
             axes: Any; the better they fit, the fewer rows are left. None: whole rows.
+            most_kept: Bytes of whole rows that may be kept; of more, each block of queries takes them anew.
         """
         self._take, self._num_rows, self._k, self._axes = take, shape[0], k, axes
-        is_kept = axes is not None or self._num_rows * shape[1] * 4 <= _KEPT_BYTES
+        is_kept = axes is not None or self._num_rows * shape[1] * 4 <= most_kept
         self._tile = min(self._num_rows, _TILE if is_kept else max(1, _TILE_NUMBERS // shape[1]))
         self._space = np.empty((QUERIES, self._tile), np.float32)
         self._first: list[Floats] = []
@@ -213,26 +208,8 @@ class BoundBank:
         return margin_of(torch.from_numpy(highest[:, 0]) - nearest[:, -1], rests)
 
 
-def space_for_rows(dtype: type[Any]) -> NDArray[Any]:
-    """Memory for ``fetch``."""
-    return np.empty(1 << 20, dtype)
-
-
 def products(bank: Floats, rows: Ints, query: Floats, space: Floats) -> Floats:
     """Of a query with the chosen rows, (n,)."""
     most = space.size // bank.shape[1]
     parts = [fetch(bank, rows[start : start + most], space) @ query for start in range(0, len(rows), most)]
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
-
-
-def fetch(bank: Floats, rows: Ints, space: Floats) -> Floats:
-    """The chosen rows, in memory that is there already: new memory the system would have to give page by page.
-
-    Args:
-        bank: (N, D).
-        rows: At most as many as fit the space, (n,).
-        space: What ``space_for_rows`` gave.
-    """
-    shape = len(rows), bank.shape[1]
-    # Clipped, as numpy would else take them into new memory first to see whether all are there.
-    return bank.take(rows, 0, out=space[: shape[0] * shape[1]].reshape(shape), mode="clip")

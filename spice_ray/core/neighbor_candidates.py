@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spice_ray.core.neighbor_axes import most_compared
-from spice_ray.core.neighbor_bounds import QUERIES, Compare, TakeRows
+from spice_ray.core.neighbor_bounds import QUERIES
 from spice_ray.core.neighbor_keys import keys_of, merge_pairs, no_keys, similarities_of
+from spice_ray.core.neighbor_rows import Compare, TakeRows
 
 CHEAP_PRODUCT = 0.2
 """What a number of a product in bfloat16 costs of one in float32, where there are matrix tiles."""

@@ -7,6 +7,7 @@ anyway.
 Shapes: N rows, D embedding width, b queries, n chosen rows, P pairs.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,12 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spice_ray.core.neighbor_bounds import fetch, space_for_rows
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+TakeRows = Callable[[slice | Tensor], Tensor]
+"""Rows by number, float32, (n, D)."""
+Compare = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Exact similarities of pairs, float32, none of them -0.0, (P,): of queries, float32, (b, D); which of them a pair
+belongs to, rising, int64, (P,); and row numbers, int64, (P,)."""
 
+MOST_KEPT = 512 << 20
+"""Bytes of rows that are kept, unless told otherwise."""
 _ROUNDER = 1.5 * (1 << 26)
 """What is added to it in float64 is rounded to a multiple of 2^-26."""
 _NUMBERS_AT_ONCE = 1 << 22
-"""Of pairs that a GPU compares: few enough for its cache."""
+"""Of pairs that a GPU compares, which bounds the memory for that."""
 
 
 class ChosenRows(Protocol):
@@ -31,7 +40,7 @@ class ChosenRows(Protocol):
         """N."""
         ...
 
-    def __getitem__(self, chosen: slice | NDArray[np.int64]) -> NDArray[Any]:
+    def __getitem__(self, chosen: slice | Ints) -> NDArray[Any]:
         """The chosen rows, float, (n, D)."""
         ...
 
@@ -71,7 +80,7 @@ class GridRows:
         """The same in float64."""
         if self._kept is not None:
             return self._kept[chosen].double()
-        return on_grid(take_rows(self._source, chosen).to(self.device))
+        return self._rounded(chosen)
 
     def similarities(self, queries: Tensor, of_query: Tensor, rows: Tensor) -> Tensor:
         """The exact similarities of pairs, float32, none of them -0.0, (P,).
@@ -91,13 +100,13 @@ class GridRows:
         pairs = zip(queries.double().numpy(), rows.split(counts), strict=True)
         return torch.from_numpy(np.concatenate([self._products(query, some.numpy()) for query, some in pairs]))
 
-    def _products(self, query: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _products(self, query: NDArray[np.float64], rows: Ints) -> NDArray[np.float64]:
         """Of a query with rows, some at a time, (n,)."""
         most = max(1, self._space.size // len(query))
         parts = [self._fetched(rows[start : start + most]) @ query for start in range(0, len(rows), most)]
         return np.concatenate(parts) if parts else np.empty(0)
 
-    def _fetched(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _fetched(self, rows: Ints) -> NDArray[np.float64]:
         if self._kept is None:
             return self.exact(torch.from_numpy(rows)).numpy()
         found = fetch(self._kept.numpy(), rows, self._space)
@@ -116,8 +125,12 @@ class GridRows:
         rounded = torch.empty(self.shape, device=self.device)
         for first in range(0, len(self), step):
             chosen = slice(first, first + step)
-            rounded[chosen] = on_grid(take_rows(self._source, chosen).to(self.device))
+            rounded[chosen] = self._rounded(chosen)
         return rounded
+
+    def _rounded(self, chosen: slice | Tensor) -> Tensor:
+        """The chosen rows as they are given, rounded, float64, (n, D)."""
+        return on_grid(take_rows(self._source, chosen).to(self.device))
 
 
 def on_grid(rows: Tensor) -> Tensor:
@@ -126,8 +139,26 @@ def on_grid(rows: Tensor) -> Tensor:
 
 
 def take_rows(rows: Rows, chosen: slice | Tensor) -> Tensor:
-    """The chosen rows as a tensor, (n, D)."""
+    """The chosen rows as a tensor, of the type that they have, (n, D)."""
     if isinstance(rows, Tensor):
         return rows.detach()[chosen if isinstance(chosen, slice) else chosen.to(rows.device)]
     # The copy is for memory maps that cannot be written, which torch does not take.
     return torch.from_numpy(np.array(rows[chosen if isinstance(chosen, slice) else chosen.cpu().numpy()]))
+
+
+def space_for_rows(dtype: type[Any]) -> NDArray[Any]:
+    """Memory for ``fetch``."""
+    return np.empty(1 << 20, dtype)
+
+
+def fetch(bank: Floats, rows: Ints, space: Floats) -> Floats:
+    """The chosen rows, in memory that is there already: new memory the system would have to give page by page.
+
+    Args:
+        bank: (N, D).
+        rows: At most as many as fit the space, (n,).
+        space: What ``space_for_rows`` gave.
+    """
+    shape = len(rows), bank.shape[1]
+    # Clipped, as numpy would else take them into new memory first to see whether all are there.
+    return bank.take(rows, 0, out=space[: shape[0] * shape[1]].reshape(shape), mode="clip")

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from spice_ray.core.neighbor_axes import MOST_NEIGHBORS, choose_axes, may_have_axes, sample_of
-from spice_ray.core.neighbor_bounds import QUERIES, BoundBank, Compare
+from spice_ray.core.neighbor_bounds import QUERIES, BoundBank
 from spice_ray.core.neighbor_candidates import CHEAP_PRODUCT, CandidateBank, cheap_of
 from spice_ray.core.neighbor_keys import merge_tile, no_keys, row_numbers_of, similarities_of
-from spice_ray.core.neighbor_rows import GridRows, Rows, take_rows
+from spice_ray.core.neighbor_rows import MOST_KEPT, Compare, GridRows, Rows, take_rows
 
 
 class Bank(Protocol):
@@ -31,8 +31,6 @@ class Bank(Protocol):
         ...
 
 
-MOST_KEPT = 512 << 20
-"""Bytes of rows."""
 _MANY_ROWS = 1 << 11
 """From so many on comparing few of them exactly is the faster way."""
 
@@ -65,8 +63,8 @@ class NeighborSearch:
                 ``block`` * (100 * ``block`` + 40 * D + 40 * k) bytes whatever N is, or, for many rows, 1.5 GB where
                 that is more; there is never an N x N array.
             device: Where to compute; none: where the embeddings are.
-            most_kept: Bytes of rows that are kept on the device, and on a GPU again of what stands for them; of more,
-                each block of queries takes them anew.
+            most_kept: Bytes of rows that may be kept on the device, and again of rows in half precision; of more, each
+                block of queries takes them anew.
 
         Raises:
             ValueError: ``k`` is not in 1..N-1, ``block`` is below 1, or a value is not finite.
@@ -76,11 +74,11 @@ class NeighborSearch:
         self._k, self._block, self._most_kept = k, block, most_kept
         self._uses_banks = len(embeddings) >= max(_MANY_ROWS, 64 * k) and k <= MOST_NEIGHBORS
         self._rows = GridRows(embeddings, device, most_kept, block)
-        self._cheap = cheap_of(self._rows.device, k)
+        self._cheap = cheap_of(self._rows.device, k) if self._uses_banks else None
         self._on_axes = self._bank_on_axes() if self._uses_banks else None
         self._asked = self._left_open = 0
         self.num_compared_with_all = 0
-        """Queries so far that left too many rows to any bound; few, but where rows are alike."""
+        """Queries so far that left too many rows to any bound: few, or all where rows are few or alike."""
 
     def find(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The neighbours of the rows from ``start`` to ``stop``, the same to the bit whoever asks for the others.
@@ -152,7 +150,7 @@ class NeighborSearch:
     @cached_property
     def _whole_rows(self) -> Bank:
         if self._cheap is None:
-            return BoundBank(self._rows.__getitem__, self._rows.shape, self._k, axes=None)
+            return BoundBank(self._rows.__getitem__, self._rows.shape, self._k, None, self._most_kept)
         return CandidateBank(self._rows.__getitem__, self._rows.shape, self._k, self._cheap, self._most_kept)
 
     def _best_of_all(self, queries: Tensor, own: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Recorded(Generic[Result]):
         return recording.result
 
     def _aside(self, inputs: tuple[Tensor, ...]) -> Result:
-        """As it stands."""
+        """As it stands, on the stream where it will be recorded."""
         usual = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(usual)
         with torch.cuda.stream(self._stream):

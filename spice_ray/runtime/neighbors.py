@@ -17,7 +17,8 @@ from spice_ray import mirror
 from spice_ray.config import Scale
 from spice_ray.contracts import NEIGHBORS
 from spice_ray.core.inverted_lists import ListSearch, build_lists, choose_probes
-from spice_ray.core.neighbors import MOST_KEPT, NeighborSearch
+from spice_ray.core.neighbor_rows import MOST_KEPT
+from spice_ray.core.neighbors import NeighborSearch
 from spice_ray.errors import StorageError
 from spice_ray.runtime.cluster import room
 from spice_ray.runtime.memory import device_of, free_on_device
@@ -30,7 +31,7 @@ _PRODUCTS_OF_PART = 2e11
 """Of two numbers each: some seconds of a processor. What takes no more in all is done by the driver, sooner than an
 actor would have been started."""
 _PRODUCTS_ON_GPU = 2e13
-"""Of a part there."""
+"""The same of a part on a GPU; not measured."""
 _BYTES_OF_ACTOR = 2e9
 """At most: rows that it keeps, what it compares at once, and torch."""
 _STEP = 1024
@@ -141,7 +142,11 @@ class PartFinder:
 
 
 def open_search(job: NeighborJob, gpus: float) -> NeighborSearch:
-    """Among all rows."""
+    """The exact search, on the GPU of this process where it has one.
+
+    Raises:
+        ResourceError: It was given one, and torch finds none.
+    """
     rows, device = TrainRows(job.file, job.train_ids), device_of(gpus)
     kept = MOST_KEPT if device.type == "cpu" else int(free_on_device(device, gpus) * _KEPT_SHARE)
     return NeighborSearch(rows, job.k, block=_block(gpus), device=device, most_kept=kept)

@@ -45,7 +45,7 @@ class Contrast(Protocol):
         ...
 
     def directions(self, first: Tensor, second: Tensor, *of_step: Tensor) -> list[Direction]:
-        """What to train on two views, (b * L, 3, S, S) each; the loss is the sum of the directions'."""
+        """What to train on two views, (b * L, 3, S, S) each, and what ``of_step`` gave; losses of directions add up."""
         ...
 
     def loss(self, projected: list[Tensor], targets: Tensor | None) -> Tensor:

@@ -1,8 +1,11 @@
-"""The optimisers of stages 1 and 3."""
+"""The optimisers of stages 1 and 3, and what recorded steps of any stage read of theirs."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from spice_ray.core.recorded import Recorded, can_record
 from spice_ray.settings import Optimizer
 
 ADAM_EPS = 1e-6
@@ -38,6 +41,22 @@ def keep_on_device(optimizer: torch.optim.Optimizer, device: torch.device | None
         group["lr"] = lr if device is None else torch.tensor(lr, device=device)
         if "capturable" in group:
             group["capturable"] = device is not None
+
+
+def step_of(
+    fit: Callable[..., Tensor], optimizer: torch.optim.Optimizer, device: torch.device, *, may_record: bool
+) -> Callable[..., Tensor]:
+    """What makes the steps of a trainer, to be asked for when its state was loaded.
+
+    Args:
+        fit: Makes one step as it stands.
+        optimizer: Whose step it is.
+        device: Where it is made.
+        may_record: Whether a GPU may record it.
+    """
+    is_recorded = may_record and can_record(device)
+    keep_on_device(optimizer, device if is_recorded else None)
+    return Recorded(fit, device) if is_recorded else fit
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

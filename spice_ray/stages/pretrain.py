@@ -13,12 +13,12 @@ from spice_ray.core.health import measure_health, why_collapsed
 from spice_ray.core.lanes import Lanes
 from spice_ray.core.moco import cosine
 from spice_ray.core.order import stream_key
-from spice_ray.core.recorded import Recorded, can_record
+from spice_ray.core.recorded import Recorded
 from spice_ray.errors import TrainingError
 from spice_ray.settings import Pretrain
 from spice_ray.stages.accumulation import Parts, exchange
 from spice_ray.stages.contrast import CONTRASTS, Direction
-from spice_ray.stages.optimizers import build_optimizer, keep_on_device, set_lr
+from spice_ray.stages.optimizers import build_optimizer, set_lr, step_of
 
 
 def pretrain(
@@ -60,9 +60,9 @@ def pretrain(
     trainer = _Trainer(settings, parts, augmentation, seed, device, wrap)
     if compiled:
         trainer.compile()
-    # Not of the trainer, which it refers to.
-    fit = Recorded(trainer.fit, device) if trainer.recorded_on else trainer.fit
     start = trainer.restore(progress.restore())
+    # No attribute of the trainer: a cycle would keep a recording alive.
+    fit = step_of(trainer.fit, trainer.optimizer, device, may_record=compiled and trainer.is_alone)
     steps_per_epoch = num_images // settings.batch_size
     total = settings.epochs * steps_per_epoch
     for step in range(start, total):
@@ -112,20 +112,18 @@ class _Trainer:
         self.last: tuple[Tensor, Tensor]
         """Unit rows of the two views of the last step, (b * L, P) each."""
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-        self.recorded_on: torch.device | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this is the only worker, so that a step waits for no other."""
+        return self.model is self.query
 
     def compile(self) -> None:
-        """Have torch compile all encoders, before the first step.
-
-        A GPU may record all that a worker does who trains alone, of others how they make views.
-        """
+        """Have torch compile all encoders, and a GPU record how one of several workers makes views."""
         for model in self.contrast.models:
             compile_encoders(model)
-        if self.model is not self.query:
+        if not self.is_alone:
             self.make_views = [Recorded(make, self.device) for make in self.make_views]
-        elif can_record(self.device):
-            self.recorded_on = self.device
-            keep_on_device(self.optimizer, self.recorded_on)
 
     def fit(self, images: Tensor, draws: Tensor, *of_step: Tensor) -> Tensor:
         """One optimiser step, by the sum of the directions' losses; gives their mean over this worker's rows."""
@@ -178,6 +176,5 @@ class _Trainer:
         self.query.load_state_dict(state["query"])
         collectives.restore_buffers(self.query, state["query_buffers"])
         self.optimizer.load_state_dict(state["optimizer"])
-        keep_on_device(self.optimizer, self.recorded_on)
         self.contrast.restore(state)
         return cast(int, state["step"])

@@ -22,10 +22,10 @@ from spice_ray.core.joint import (
 )
 from spice_ray.core.lanes import Lanes
 from spice_ray.core.order import stream_key
-from spice_ray.core.recorded import Recorded, can_record
+from spice_ray.core.recorded import Recorded
 from spice_ray.settings import Joint
 from spice_ray.stages.accumulation import Parts, exchange
-from spice_ray.stages.optimizers import build_optimizer, keep_on_device, set_lr
+from spice_ray.stages.optimizers import build_optimizer, set_lr, step_of
 from spice_ray.stages.plateau import Plateau
 
 
@@ -77,10 +77,10 @@ def train_joint(
     trainer = _FixMatch(settings, model, Parts(labelled.num_lanes, accumulate), augmentation, seed, device, wrap)
     if compiled:
         trainer.compile()
-    # Not of the trainer, which it refers to.
-    fit = Recorded(trainer.fit, device) if trainer.recorded_on else trainer.fit
     labels, weights = labels.to(device), weights.to(device)
     step, total = trainer.restore(progress.restore()), settings.steps
+    # No attribute of the trainer: a cycle would keep a recording alive.
+    fit = step_of(trainer.fit, trainer.optimizer, device, may_record=compiled and trainer.is_alone)
     while step < total and not trainer.is_over:
         set_lr(trainer.optimizer, settings.lr * seven_sixteenths_cosine(step, total))
         known = labelled.batch(step)
@@ -120,7 +120,6 @@ class _FixMatch:
             self.adaptive = AdaptiveThreshold(self.bare.head.num_clusters, settings.ema, device)
         self.plateau = None if settings.patience is None else Plateau(settings.patience, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-        self.recorded_on: torch.device | None = None
         makers = {"labelled": augmentation.weak, "weak": augmentation.weak, "strong": augmentation.strong}
         self.make_views: dict[str, MakeView] = {
             name: view_maker(make, stream_key(seed, "joint", name)) for name, make in makers.items()
@@ -131,17 +130,16 @@ class _FixMatch:
         """Whether there is nothing more to gain."""
         return self.plateau is not None and self.plateau.is_over
 
-    def compile(self) -> None:
-        """Have torch compile the encoder, before the first step.
+    @property
+    def is_alone(self) -> bool:
+        """Whether this is the only worker, so that a step waits for no other."""
+        return self.model is self.bare
 
-        A GPU may record all that a worker does who trains alone, of others how they make views.
-        """
+    def compile(self) -> None:
+        """Have torch compile the encoder, and a GPU record how one of several workers makes views."""
         compile_encoders(self.bare)
-        if self.model is not self.bare:
+        if not self.is_alone:
             self.make_views = {name: Recorded(make, self.device) for name, make in self.make_views.items()}
-        elif can_record(self.device):
-            self.recorded_on = self.device
-            keep_on_device(self.optimizer, self.recorded_on)
 
     def fit(
         self, images: Tensor, draws: Tensor, labels: Tensor, weights: Tensor, all_images: Tensor, all_draws: Tensor
@@ -231,7 +229,6 @@ class _FixMatch:
         self.ema.load_state_dict(state["ema"])
         collectives.restore_buffers(self.ema, state["ema_buffers"])
         self.optimizer.load_state_dict(state["optimizer"])
-        keep_on_device(self.optimizer, self.recorded_on)
         if self.plateau is not None:
             self.plateau.load(state["plateau"])
         if self.adaptive is not None:

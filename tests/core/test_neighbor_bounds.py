@@ -13,8 +13,9 @@ from torch.nn.functional import normalize
 
 from spice_ray.core import neighbor_bounds, neighbor_candidates, neighbors
 from spice_ray.core.neighbor_axes import Axes, choose_axes, margin_of, may_have_axes, sample_of
-from spice_ray.core.neighbor_bounds import BoundBank, fetch, products
+from spice_ray.core.neighbor_bounds import BoundBank, products
 from spice_ray.core.neighbor_keys import row_numbers_of, similarities_of
+from spice_ray.core.neighbor_rows import fetch
 from spice_ray.core.neighbors import NeighborSearch, exact_neighbors
 
 
@@ -237,12 +238,11 @@ def test_rows_that_are_nearly_alike_are_told_apart_by_the_error_that_is_allowed_
 
 @pytest.mark.parametrize("kept", [0, 1 << 30])
 def test_views_that_follow_each_other_are_compared_among_few(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbor_bounds, "_KEPT_BYTES", kept)
     monkeypatch.setattr(neighbor_bounds, "_TILE_NUMBERS", 48 * 5000)
     monkeypatch.setattr(neighbor_bounds, "MOST_BOUNDED", 1000)
     images = random_rows(256, 48)
     rows = on_grid(normalize(images.repeat(64, 1) + 1e-3 * random_rows(256 * 64, 48)))  # their columns fold into one
-    bank = BoundBank(rows.__getitem__, (256 * 64, 48), 20, None)
+    bank = BoundBank(rows.__getitem__, (256 * 64, 48), 20, None, kept)
     assert_bank_right(bank, rows, slice(500, 600), 20)
 
 
@@ -354,7 +354,6 @@ def only_few(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mapped_rows_of_several_tiles_are_found_among_few_alone(
     kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(neighbor_bounds, "_KEPT_BYTES", kept)
     monkeypatch.setattr(neighbor_bounds, "_TILE", 16_384)
     monkeypatch.setattr(neighbor_bounds, "_TILE_NUMBERS", 24 * 9_000)
     rows = random_rows(40_001, 24)

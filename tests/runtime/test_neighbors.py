@@ -168,5 +168,5 @@ def test_parts_of_many_and_wide_rows_are_small() -> None:
     for rows, size in zip((60_000, 200_000), sizes, strict=False):
         assert rows * 512 * size <= neighbors._PRODUCTS_OF_PART
     assert all(first % 1024 == 0 for first in itertools.chain(sizes))
-    assert rows_of_part(1_300_000, 512, gpus=0.5) == 7 * 4096  # some tenths of a second of a GPU
+    assert rows_of_part(1_300_000, 512, gpus=0.5) == 7 * 4096
     assert rows_of_part(100_000_000, 512, gpus=0.5) == 4096
