@@ -18,7 +18,8 @@ from spice_ray.runtime.cluster import check_cluster, check_local_cpus, connected
 from spice_ray.runtime.progress import Reporter
 from spice_ray.shards import check_kind, check_shards, find_shards
 from spice_ray.storage import Artifact
-from spice_ray.sweep import Sweep, any_trial, check_trials, refuse_sweep
+from spice_ray.sweep import Sweep
+from spice_ray.trial_recipes import any_trial, check_trials, refuse_sweep
 
 if TYPE_CHECKING:
     import pyarrow as pa

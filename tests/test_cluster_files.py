@@ -14,7 +14,8 @@ import ray
 import yaml
 
 from spice_ray.recipe import load_recipe
-from spice_ray.sweep import check_trials, load_sweep
+from spice_ray.sweep import load_sweep
+from spice_ray.trial_recipes import check_trials
 
 REPOSITORY = Path(__file__).parent.parent
 KUBERNETES = "1.30"

@@ -9,7 +9,8 @@ import yaml
 from spice_ray.config import ImageRecipe
 from spice_ray.errors import ConfigError
 from spice_ray.recipe import load_recipe
-from spice_ray.sweep import Range, Sweep, any_trial, check_trials, is_light, load_sweep, trial_recipe
+from spice_ray.sweep import Range, Sweep, load_sweep
+from spice_ray.trial_recipes import any_trial, check_trials, is_light, trial_recipe
 
 
 def sweep_file(folder: Path, space: dict[str, Any], **more: Any) -> str:

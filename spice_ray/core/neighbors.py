@@ -22,6 +22,9 @@ from spice_ray.core.neighbor_candidates import CHEAP_PRODUCT, CandidateBank, che
 from spice_ray.core.neighbor_keys import merge_tile, no_keys, row_numbers_of, similarities_of
 from spice_ray.core.neighbor_rows import MOST_KEPT, Compare, GridRows, Rows, take_rows
 
+_MANY_ROWS = 1 << 11
+"""From so many on comparing few of them exactly is the faster way."""
+
 
 class Bank(Protocol):
     """All rows, made ready for comparing few of them exactly."""
@@ -29,10 +32,6 @@ class Bank(Protocol):
     def best(self, queries: Tensor, own: Tensor, compare: Compare) -> tuple[Tensor, Tensor]:
         """The k greatest keys of rows, falling, int64, (b, k), and which of them are known to be these, bool, (b,)."""
         ...
-
-
-_MANY_ROWS = 1 << 11
-"""From so many on comparing few of them exactly is the faster way."""
 
 
 def exact_neighbors(

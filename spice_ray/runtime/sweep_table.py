@@ -12,7 +12,8 @@ from spice_ray import mirror
 from spice_ray.config import ImageRecipe
 from spice_ray.errors import ConfigError
 from spice_ray.run_folder import RunFolder
-from spice_ray.sweep import Sweep, Values, recipe_with
+from spice_ray.sweep import Sweep, Values
+from spice_ray.trial_recipes import recipe_with
 
 
 class Reuse(NamedTuple):

@@ -28,18 +28,8 @@ from spice_ray.runtime.sweep_table import Reuse, reuse_of, row_of, write_trials
 from spice_ray.runtime.trial import Judge, nested
 from spice_ray.runtime.tune_trial import RETRIES, Waiting, key_of, run_tune_trial, values_of, values_through
 from spice_ray.storage import read_json, write_json
-from spice_ray.sweep import (
-    STAGES,
-    Range,
-    Stage,
-    Sweep,
-    Values,
-    any_trial,
-    is_light,
-    recipe_with,
-    stage_of,
-    trial_recipe,
-)
+from spice_ray.sweep import STAGES, Range, Stage, Sweep, Values, stage_of
+from spice_ray.trial_recipes import any_trial, is_light, recipe_with, trial_recipe
 
 _OF_NESTED = 0.1
 """CPUs of a trial that waits for processes of its own."""

@@ -19,7 +19,8 @@ from spice_ray.config import ImageRecipe
 from spice_ray.errors import SpiceError, TrainingError
 from spice_ray.runtime.cluster import find_spice_error
 from spice_ray.runtime.progress import ProgressWriter
-from spice_ray.sweep import STAGES, Range, Stage, Sweep, Values, recipe_with, stage_of
+from spice_ray.sweep import STAGES, Range, Stage, Sweep, Values, stage_of
+from spice_ray.trial_recipes import recipe_with
 
 if TYPE_CHECKING:
     from spice_ray.runtime.looks import Look
